@@ -1,0 +1,1 @@
+"""The command line and one entry point a stage: what a person or a scheduler runs."""

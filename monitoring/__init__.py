@@ -1,0 +1,1 @@
+"""Watching what the endpoint answers: windows, detectors, reports and the policy."""

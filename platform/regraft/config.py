@@ -1,0 +1,364 @@
+"""One YAML, one model: `Experiment` and its sections.
+
+Reading a file checks all of it before anything starts; an error names the field, the file and the line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from regraft.errors import ConfigError
+from regraft.evals import AnyMetric, default_metrics
+from regraft.methods import METHOD_CLASSES, Method
+from regraft.methods.base import DTypeName
+from regraft.methods.search import SearchError, expand
+from regraft.records import content_hash
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+
+
+class Section(BaseModel):
+    """A section of the YAML: frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which base model, and how it is held."""
+
+    source: str = Field(description="Hub id, local folder, models:/ URI, or bundled:smollm2-135m-instruct.")
+    revision: str | None = Field(None, description="Commit or tag of a hub id.")
+    dtype: DTypeName = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class DataSection(Section):
+    """Where the examples are. Paths are relative to the YAML."""
+
+    train: tuple[Path, ...]
+    evaluation: dict[str, Path] = Field(min_length=1, description="Named evaluation sets; none of them trains.")
+    leakage_jaccard: float = Field(
+        0.7, gt=0, le=1, description="Prompts at least this alike across train and evaluation are leakage."
+    )
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
+
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"evaluation": value} if isinstance(value, str | Path) else value
+
+    @field_validator("evaluation")
+    @classmethod
+    def _not_train(cls, value: dict[str, Path]) -> dict[str, Path]:
+        if "train" in value:
+            raise ValueError("an evaluation set cannot be named 'train'")
+        return value
+
+
+class AshaSection(Section):
+    """Asynchronous successive halving (Li et al., arXiv:1810.05934) over evaluation points."""
+
+    grace: int = Field(2, ge=1, description="Evaluation points before a trial may be stopped.")
+    reduction: float = Field(3.0, gt=1, description="Of those that reach a rung, one in this many goes on.")
+
+
+class SweepSection(Section):
+    """What to try and how long."""
+
+    methods: tuple[dict[str, Any], ...] = Field(min_length=1)
+    epochs: float = Field(2.0, gt=0)
+    tokens_per_batch: int = Field(1024, ge=16, description="Tokens of a micro-batch, padding included.")
+    max_length: int = Field(512, ge=16, description="Tokens of one example; longer ones are refused.")
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    max_gradient_norm: float = Field(1.0, gt=0)
+    evaluations: int = Field(4, ge=1, description="Evaluation points over a trial, evenly spread.")
+    asha: AshaSection | None = AshaSection()
+    samples: int = Field(1, ge=1, description="Draws for each grid point whose method has a range.")
+    seed: int = 0
+    cpus_per_trial: float = Field(1, gt=0)
+    gpus_per_trial: float = Field(0, ge=0)
+    workers_per_trial: int = Field(1, ge=1, description="More than one runs the trial as Ray Train.")
+    ray_train: tuple[str, ...] = Field((), description="Methods that run as Ray Train even with one worker.")
+    max_concurrent: int | None = Field(None, ge=1)
+    trial_memory_gib: float | None = Field(None, gt=0, description="A trial that would need more is infeasible.")
+
+    def expanded(self) -> tuple[Method, ...]:
+        """All methods to try, concrete, without repeats."""
+        found: dict[str, Method] = {}
+        for entry in self.methods:
+            for method in expand(entry, samples=self.samples, seed=self.seed):
+                found.setdefault(content_hash(method.model_dump(mode="json")), method)
+        return tuple(found.values())
+
+
+class EvaluateSection(Section):
+    """How candidates are scored."""
+
+    metrics: tuple[AnyMetric, ...] = Field(default_factory=default_metrics)
+    max_new_tokens: int = Field(64, ge=1)
+    batch_size: int = Field(32, ge=1)
+    latency_prompts: int = Field(4, ge=1, description="Prompts answered one by one to measure latency.")
+
+
+class Constraint(Section):
+    """A bound on a recorded figure, such as `latency_p95_ms <= 4000`."""
+
+    metric: str
+    sense: Literal["<=", ">="]
+    bound: float
+
+
+class SelectSection(Section):
+    """How the winner is chosen and what a challenger must show."""
+
+    maximise: str = "rougeL"
+    subject_to: tuple[Constraint, ...] = ()
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    resamples: int = Field(2000, ge=200)
+    regression_margin: float = Field(
+        0.02, ge=0, description="How much a challenger may lose on any one evaluation set, in the metric's unit."
+    )
+
+    @field_validator("subject_to", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        return [_constraint(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+class ServeSection(Section):
+    """The endpoint."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    max_batch: int = Field(16, ge=1, description="Requests answered together.")
+    max_queued: int = Field(64, ge=1, description="Requests waiting beyond those being answered; more get 429.")
+    max_new_tokens: int = Field(256, ge=1, description="Upper bound on what one request may ask for.")
+    poll_seconds: float = Field(1.0, gt=0, description="How often the champion alias is looked up.")
+    num_cpus: float = Field(1, gt=0)
+    num_gpus: float = Field(0, ge=0)
+
+
+class MonitorSection(Section):
+    """How drift is tested."""
+
+    alpha: float = Field(0.01, gt=0, lt=0.5, description="False alarms a check may give where nothing changed.")
+    min_effect: float = Field(
+        0.1, ge=0, le=1, description="Share of exchanges beyond the reference's own tail, needed beside significance."
+    )
+    min_rows: int = Field(50, ge=20, description="Fewer exchanges than this are 'insufficient', never 'stable'.")
+    max_rows: int = Field(1000, ge=50)
+    permutations: int = Field(999, ge=199)
+    every_seconds: float = Field(3600, gt=0, description="How often `regraft monitor run` checks.")
+
+
+class RetrainSection(Section):
+    """What an alarm turns into."""
+
+    reviewed: Path | None = Field(None, description="Reviewed fresh examples (JSONL) that a retraining adds.")
+    evaluation: dict[str, Path] = Field({}, description="Evaluation sets for the fresh topics.")
+    epochs: float | None = Field(None, gt=0, description="As in the sweep, if not given.")
+    min_fresh: int = Field(20, ge=1, description="Fewer reviewed fresh examples than this: collect, do not retrain.")
+    cooldown_seconds: float = Field(0, ge=0, description="No second retraining this soon after one.")
+
+
+class TrackingSection(Section):
+    """MLflow. With no URI Regraft starts a server of its own on SQLite."""
+
+    uri: str | None = None
+    host: str = "127.0.0.1"
+    port: int = Field(5000, ge=0, le=65535)
+
+
+class ClusterSection(Section):
+    """Ray. With no address Regraft starts a local cluster of its own."""
+
+    address: str | None = Field(None, description="host:port of a cluster's GCS, or 'auto'.")
+    jobs: str | None = Field(None, description="URL of the cluster's job server, such as http://head:8265.")
+    num_cpus: int | None = Field(None, ge=1, description="Cores of the local cluster; all if not given.")
+    num_gpus: int | None = Field(None, ge=0)
+    dashboard_port: int = Field(8265, ge=0, le=65535)
+
+
+class Experiment(Section):
+    """Everything about one model that is kept good: `regraft.yaml`."""
+
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    model: ModelSection
+    data: DataSection
+    sweep: SweepSection
+    evaluate: EvaluateSection = EvaluateSection()
+    select: SelectSection = SelectSection()
+    serve: ServeSection = ServeSection()
+    monitor: MonitorSection = MonitorSection()
+    retrain: RetrainSection = RetrainSection()
+    tracking: TrackingSection = TrackingSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _known_metric(self) -> Experiment:
+        names = {key for metric in self.evaluate.metrics for key in metric.outputs}
+        if self.select.maximise not in names:
+            raise ValueError(f"select.maximise is {self.select.maximise!r}, but evaluate.metrics gives {sorted(names)}")
+        return self
+
+    @classmethod
+    def load(cls, path: Path | str) -> Experiment:
+        """Read and check an experiment file; its relative paths become absolute.
+
+        Raises:
+            ConfigError: If the file is missing, is not YAML, or has a wrong key or value. The message names
+                the line and the field.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "regraft.yaml"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}", "give the path of a regraft.yaml") from error
+        try:
+            tree = yaml.compose(text, Loader=yaml.SafeLoader)
+            raw = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}", "mend the syntax at that line") from error
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: the top level must be a mapping", "start from examples/utility-support/regraft.yaml")
+        try:
+            experiment = cls.model_validate(raw)
+        except ValidationError as error:
+            raise _explain(path, tree, error, cls) from error
+        experiment._check_methods(path, tree)
+        return experiment.resolved(path.resolve().parent)
+
+    def resolved(self, folder: Path) -> Experiment:
+        """The same experiment with its relative paths taken from `folder`."""
+
+        def absolute(value: Path) -> Path:
+            return value if value.is_absolute() else folder / value
+
+        data = self.data.model_copy(
+            update={
+                "train": tuple(absolute(p) for p in self.data.train),
+                "evaluation": {k: absolute(p) for k, p in self.data.evaluation.items()},
+            }
+        )
+        retrain = self.retrain.model_copy(
+            update={
+                "reviewed": absolute(self.retrain.reviewed) if self.retrain.reviewed else None,
+                "evaluation": {k: absolute(p) for k, p in self.retrain.evaluation.items()},
+            }
+        )
+        model = self.model
+        if (folder / model.source).is_dir():
+            model = model.model_copy(update={"source": str((folder / model.source).resolve())})
+        return self.model_copy(update={"data": data, "retrain": retrain, "model": model})
+
+    def _check_methods(self, path: Path, tree: Any) -> None:
+        for index, entry in enumerate(self.sweep.methods):
+            where = ("sweep", "methods", index)
+            try:
+                expand(entry, samples=1, seed=self.sweep.seed)
+            except SearchError as error:
+                raise ConfigError(
+                    f"{_place(path, tree, (*where, error.field))}: {_dotted((*where, error.field))}: {error}",
+                    "see docs/configuration.md for values, lists and ranges",
+                ) from error
+            except ValidationError as error:
+                raise _explain_method(path, tree, where, entry, error) from error
+        known = {m.name for m in self.sweep.expanded()}
+        for name in self.sweep.ray_train:
+            if name not in known:
+                raise ConfigError(
+                    f"{_place(path, tree, ('sweep', 'ray_train'))}: sweep.ray_train names {name!r}, which is not swept",
+                    f"name one of {sorted(known)}",
+                )
+
+
+def _constraint(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    for sense in ("<=", ">="):
+        metric, found, bound = value.partition(sense)
+        if found:
+            return {"metric": metric.strip(), "sense": sense, "bound": bound.strip()}
+    raise ValueError(f"{value!r} is not a bound; write for instance 'latency_p95_ms <= 4000'")
+
+
+def _dotted(loc: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in loc)
+
+
+def _place(path: Path, tree: Any, loc: tuple[Any, ...]) -> str:
+    """`file:line` of the deepest part of `loc` that the YAML has; of the key where there is one."""
+    node, line = tree, 1
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if k.value == str(part)), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return f"{path}:{line}"
+
+
+def _explain(path: Path, tree: Any, error: ValidationError, model: type[BaseModel]) -> ConfigError:
+    lines = []
+    for item in error.errors():
+        loc = item["loc"]
+        problem = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(loc[-1]), _keys_at(model, loc[:-1]), n=1)
+            problem = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+        elif item["type"] == "missing":
+            problem = "this key is required"
+        lines.append(f"{_place(path, tree, loc)}: {_dotted(loc) or 'the file'}: {problem}")
+    return ConfigError("\n".join(lines), "mend the named keys; docs/configuration.md lists every key")
+
+
+def _keys_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    current: Any = model
+    for part in loc:
+        field = current.model_fields.get(part) if isinstance(part, str) else None
+        options = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if current is None:
+            return []
+    return list(current.model_fields)
+
+
+def _explain_method(
+    path: Path, tree: Any, where: tuple[Any, ...], entry: dict[str, Any], error: ValidationError
+) -> ConfigError:
+    classes = {str(c.model_fields["name"].default): c for c in METHOD_CLASSES}
+    name = entry.get("name")
+    if name not in classes:
+        close = difflib.get_close_matches(str(name), list(classes), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return ConfigError(
+            f"{_place(path, tree, (*where, 'name'))}: {_dotted((*where, 'name'))}: unknown method {name!r}{hint}",
+            f"use one of {', '.join(classes)}",
+        )
+    lines = []
+    for item in error.errors():
+        field = next((p for p in item["loc"][1:] if isinstance(p, str)), "")
+        problem = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(field, list(classes[str(name)].model_fields), n=1)
+            problem = f"{name} has no field {field!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+        loc = (*where, field)
+        lines.append(f"{_place(path, tree, loc)}: {_dotted(loc)}: {problem}")
+    fields = ", ".join(classes[str(name)].model_fields)
+    return ConfigError("\n".join(lines), f"{name} takes {fields}")

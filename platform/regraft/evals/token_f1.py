@@ -1,0 +1,25 @@
+"""F1 over the words of answer and reference, as SQuAD scores it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import ClassVar, Literal
+
+from regraft.evals.base import Metric
+from regraft.evals.exact_match import normalise
+
+
+class TokenF1(Metric):
+    """Harmonic mean of precision and recall of words, 0 to 1, blind to their order."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("token_f1",)
+
+    name: Literal["token_f1"] = "token_f1"
+
+    def score(self, output: str, reference: str) -> dict[str, float]:
+        """Count the words both have."""
+        got, want = Counter(normalise(output)), Counter(normalise(reference))
+        common = sum((got & want).values())
+        if not common:
+            return {"token_f1": float(got == want)}
+        return {"token_f1": 2 * common / (got.total() + want.total())}

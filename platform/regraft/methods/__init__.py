@@ -1,0 +1,42 @@
+"""Fine-tuning methods: one file a family; the union below is the registry.
+
+To add a method, write one file with a subclass of `Method` and add it to `AnyMethod`: the configuration,
+its schema, the sweep and the contract tests pick it up from here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, get_args
+
+from pydantic import Field, TypeAdapter
+
+from regraft.methods.base import Method
+from regraft.methods.full import Full
+from regraft.methods.lora import LoRA
+from regraft.methods.p_tuning import PTuning
+from regraft.methods.prompt_tuning import PromptTuning
+from regraft.methods.qlora import QLoRA
+from regraft.methods.zero_shot import ZeroShot
+
+AnyMethod = Annotated[
+    ZeroShot | Full | LoRA | QLoRA | PromptTuning | PTuning,
+    Field(discriminator="name"),
+]
+
+METHOD_CLASSES: tuple[type[Method], ...] = get_args(get_args(AnyMethod)[0])
+_ADAPTER: TypeAdapter[Method] = TypeAdapter(AnyMethod)
+
+
+def parse_method(settings: dict[str, object]) -> Method:
+    """Build a method from its settings.
+
+    Args:
+        settings: `name` and any of that method's fields.
+
+    Raises:
+        pydantic.ValidationError: If the name or a field is unknown, or a value is out of range.
+    """
+    return _ADAPTER.validate_python(settings)
+
+
+__all__ = ["METHOD_CLASSES", "AnyMethod", "Full", "LoRA", "Method", "PTuning", "PromptTuning", "QLoRA", "ZeroShot", "parse_method"]

@@ -1,0 +1,113 @@
+"""What every fine-tuning method is: settings and behaviour in one frozen class.
+
+This module knows torch and transformers only inside functions, so that configurations can be read and
+checked without loading either.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Kind = Literal["control", "full", "adapter"]
+DTypeName = Literal["bfloat16", "float32"]
+
+
+class Method(BaseModel):
+    """One way of fine-tuning (or of not doing so). Subclasses add a `name` literal and their fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ClassVar[Kind] = "adapter"
+    quantised: ClassVar[bool] = False
+    #: Fields that make up the short label of a trial, in order.
+    label_fields: ClassVar[tuple[str, ...]] = ("learning_rate",)
+
+    name: str
+    learning_rate: float = Field(gt=0, le=10)
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return self.kind != "control"
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and run lists, such as `lora rank=8 lr=0.001`."""
+        short = {"learning_rate": "lr", "virtual_tokens": "tokens"}
+        parts = [f"{short.get(f, f)}={getattr(self, f):g}" for f in self.label_fields]
+        return " ".join([self.name, *parts])
+
+    def load_base(self, path: Path, dtype: DTypeName, device: str) -> nn.Module:
+        """Load the base model this method starts from, in evaluation mode and frozen.
+
+        Args:
+            path: Folder with a transformers model in safetensors.
+            dtype: Type of the frozen weights.
+            device: A torch device string.
+
+        Raises:
+            regraft.errors.InfeasibleTrialError: If this method cannot run on the device.
+        """
+        return load_causal_lm(path, dtype, device)
+
+    def apply(self, base: nn.Module) -> nn.Module:
+        """Make the base trainable by this method; the base may be changed in place."""
+        raise NotImplementedError
+
+    def release(self, model: nn.Module) -> nn.Module | None:
+        """Give back the clean base from a model that `apply` made, or None if it is no longer clean."""
+        raise NotImplementedError
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what was trained as plain files (safetensors) into `folder`."""
+        model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+
+    def attach(self, base: nn.Module, folder: Path) -> nn.Module:
+        """Load what `save` wrote onto a clean base from `load_base`, for inference."""
+        from peft import PeftModel
+
+        if (folder / "adapter_model.bin").exists():
+            raise ValueError(f"{folder} holds a pickled adapter; adapters load from safetensors only")
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()  # type: ignore[no-any-return]
+
+    def load(self, base_path: Path, folder: Path | None, dtype: DTypeName, device: str) -> nn.Module:
+        """Load a model ready to answer: the base, with what was trained on top.
+
+        Evaluation and serving both come through here: what was evaluated is what is served.
+        """
+        base = self.load_base(base_path, dtype, device)
+        return base if folder is None else self.attach(base, folder)
+
+
+def load_causal_lm(path: Path, dtype: DTypeName, device: str, **kwargs: Any) -> nn.Module:
+    """Load a causal language model from a local folder of safetensors, frozen and in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, **kwargs
+    )
+    if "quantization_config" not in kwargs:
+        model = model.to(device)
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def trainable_to_fp32(model: nn.Module) -> nn.Module:
+    """Hold trainable weights in fp32: bf16 has too few digits for small updates to add up."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that a trial updates."""
+    return [p for p in model.parameters() if p.requires_grad]

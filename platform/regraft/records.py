@@ -1,0 +1,343 @@
+"""Frozen records passed between the stages; each carries the id of the one before it.
+
+This module knows no stage: only the shapes that flow along the line. Everything here serialises to JSON
+and back without loss, so that a record can be an MLflow artifact, a line of a log, or a Ray argument.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Role = Literal["system", "user", "assistant"]
+TrialStatus = Literal["completed", "stopped", "infeasible", "failed"]
+
+
+def content_hash(value: Any, length: int = 16) -> str:
+    """Hash a JSON-serialisable value by content, independent of key order.
+
+    Args:
+        value: Anything `json.dumps` takes.
+        length: Hexadecimal digits to keep.
+
+    Returns:
+        The first `length` hexadecimal digits of the SHA-256 of the canonical JSON.
+    """
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:length]
+
+
+class Record(BaseModel):
+    """A frozen record: unknown fields are an error, fields never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Message(Record):
+    """One turn of a chat."""
+
+    role: Role
+    content: str = Field(min_length=1)
+
+
+class Example(Record):
+    """One chat to train on or to be evaluated with; the last turn is the assistant's."""
+
+    id: str
+    messages: tuple[Message, ...] = Field(min_length=2)
+    tags: dict[str, str] = {}
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """All turns but the last."""
+        return self.messages[:-1]
+
+    @property
+    def reference(self) -> str:
+        """The last turn: the answer to learn, or to be compared with."""
+        return self.messages[-1].content
+
+
+class DatasetVersion(Record):
+    """An immutable set of examples by split.
+
+    `id` is the content hash over the examples of all splits: the same rows give the same id wherever the
+    files lie.
+    """
+
+    id: str
+    name: str
+    splits: dict[str, tuple[Example, ...]]
+    sources: dict[str, str] = {}
+    checks: dict[str, int] = {}
+    parent_id: str | None = None
+
+    def split(self, name: str) -> tuple[Example, ...]:
+        """Return the examples of one split.
+
+        Raises:
+            KeyError: If there is no such split; the message names those there are.
+        """
+        if name not in self.splits:
+            raise KeyError(f"dataset {self.name} ({self.id}) has no split {name!r}; it has {sorted(self.splits)}")
+        return self.splits[name]
+
+
+class ExampleScore(Record):
+    """What one candidate answered to one example, and how that scored.
+
+    A metric that failed on this example is absent from `scores` and present in `failures` with its reason.
+    """
+
+    example_id: str
+    prompt: str
+    reference: str
+    output: str
+    scores: dict[str, float]
+    failures: dict[str, str] = {}
+    tags: dict[str, str] = {}
+
+
+class EvalReport(Record):
+    """Per-example scores of one candidate on one evaluation set."""
+
+    dataset_id: str
+    split: str
+    metric_versions: dict[str, int]
+    examples: tuple[ExampleScore, ...]
+
+    def mean(self, metric: str) -> float:
+        """Mean of a metric over the examples on which it did not fail.
+
+        Raises:
+            ValueError: If no example has that metric.
+        """
+        values = [e.scores[metric] for e in self.examples if metric in e.scores]
+        if not values:
+            raise ValueError(f"no example of {self.split} has a value for metric {metric!r}")
+        return sum(values) / len(values)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean of every metric that has at least one value."""
+        names = sorted({name for e in self.examples for name in e.scores})
+        return {name: self.mean(name) for name in names}
+
+    @property
+    def failure_count(self) -> int:
+        """Metric failures over all examples."""
+        return sum(len(e.failures) for e in self.examples)
+
+
+class Cost(Record):
+    """What a trial took."""
+
+    train_seconds: float = 0.0
+    trainable_parameters: int = 0
+    tokens_seen: int = 0
+    memory_peak_gib: float = 0.0
+    adapter_bytes: int = 0
+
+
+class Speed(Record):
+    """How fast a candidate generates, and how that was measured."""
+
+    latency_p50_ms: float
+    latency_p95_ms: float
+    first_token_p50_ms: float
+    tokens_per_second: float
+    how: str
+
+
+class LossPoint(Record):
+    """One point of the learning curve. Losses are means over supervised tokens, in nats."""
+
+    step: int
+    tokens_seen: int
+    train_loss: float
+    eval_loss: float | None = None
+    learning_rate: float
+
+
+class TrialResult(Record):
+    """One trial of a sweep: what it was, what came of it, where it is kept."""
+
+    key: str
+    sweep_id: str
+    run_id: str
+    label: str
+    method: dict[str, Any]
+    base_model: str
+    base_revision: str
+    dataset_id: str
+    status: TrialStatus
+    reason: str = ""
+    logged_model_id: str | None = None
+    eval_loss: float | None = None
+    cost: Cost = Cost()
+    speed: Speed | None = None
+    report: EvalReport | None = None
+
+    @property
+    def is_control(self) -> bool:
+        """Whether this trial is the untuned base model."""
+        return self.method.get("name") == "zero_shot"
+
+
+class Interval(Record):
+    """A mean with its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    level: float = 0.95
+
+
+class LeaderboardRow(Record):
+    """One candidate of a leaderboard."""
+
+    rank: int | None
+    key: str
+    run_id: str
+    label: str
+    method: dict[str, Any]
+    status: TrialStatus
+    reason: str = ""
+    quality: Interval | None = None
+    metrics: dict[str, float] = {}
+    on_pareto_front: bool = False
+    is_control: bool = False
+    meets_constraints: bool = False
+
+
+class Leaderboard(Record):
+    """Trials in order of the objective, with the winner among those that meet the constraints."""
+
+    sweep_id: str
+    dataset_id: str
+    objective: str
+    rows: tuple[LeaderboardRow, ...]
+    winner_key: str | None = None
+    winner_reason: str = ""
+
+
+class ModelVersion(Record):
+    """A registered, immutable version of a served model."""
+
+    name: str
+    version: int
+    logged_model_id: str
+    run_id: str
+    method: dict[str, Any]
+    base_model: str
+    base_revision: str
+    dataset_id: str
+
+    @property
+    def served_id(self) -> str:
+        """The name clients may pin: `name/version`."""
+        return f"{self.name}/{self.version}"
+
+
+class Comparison(Record):
+    """A paired comparison of two candidates over the same examples.
+
+    `difference` is challenger minus incumbent of the mean score, `low` and `high` bound it at `level`;
+    `p_value` is one-sided: how often resampling gives a difference of zero or less.
+    """
+
+    metric: str
+    split: str
+    examples: int
+    challenger_mean: float
+    incumbent_mean: float
+    difference: float
+    low: float
+    high: float
+    level: float
+    p_value: float
+
+
+class PromotionDecision(Record):
+    """The gate's word on a challenger, with its evidence."""
+
+    id: str
+    outcome: Literal["promote", "reject", "inconclusive"]
+    reason: str
+    challenger: str
+    incumbent: str
+    evidence: tuple[Comparison, ...]
+
+
+class CapturedExchange(Record):
+    """One request and its answer, as the endpoint gave it. Times are UTC, ISO 8601 with microseconds."""
+
+    id: str
+    created: str
+    model: str
+    model_version: int
+    messages: tuple[Message, ...]
+    output: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    latency_ms: float
+    first_token_ms: float | None = None
+    stream: bool = False
+    session: str | None = None
+    parameters: dict[str, Any] = {}
+    error: str | None = None
+
+    @property
+    def prompt_text(self) -> str:
+        """The last user turn."""
+        return next((m.content for m in reversed(self.messages) if m.role == "user"), "")
+
+
+class TestResult(Record):
+    """One statistical test of a drift check. `effect` is in the unit the detector states."""
+
+    __test__ = False  # not a test case of pytest's
+
+    name: str
+    p_value: float
+    effect: float
+    detail: str = ""
+
+
+class DriftReport(Record):
+    """What a drift check saw in one window, whatever the answer was."""
+
+    id: str
+    model: str
+    model_version: int
+    reference_id: str
+    window_start: str
+    window_end: str
+    rows: int
+    reference_rows: int
+    status: Literal["stable", "drift", "insufficient"]
+    p_value: float | None
+    effect: float | None
+    alpha: float
+    tests: tuple[TestResult, ...] = ()
+    drivers: tuple[str, ...] = ()
+    summary: str
+    report_path: str | None = None
+    run_id: str | None = None
+
+
+class RetrainDecision(Record):
+    """What to do about a drift report. `job_id` is derived from the decision: submitted exactly once."""
+
+    id: str
+    drift_report_id: str
+    model: str
+    model_version: int
+    action: Literal["nothing", "collect", "retrain"]
+    reason: str
+    created: str
+    job_id: str | None = None
