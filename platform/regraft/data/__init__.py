@@ -1,0 +1,1 @@
+"""Data: chat files, dataset versions, checks, and the capture store."""

@@ -1,0 +1,84 @@
+"""From files to an immutable, checked `DatasetVersion`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from regraft.config import DataSection
+from regraft.data.chats import read_chats
+from regraft.data.checks import exact_duplicates, find_leaks
+from regraft.errors import DataError
+from regraft.records import DatasetVersion, Example, content_hash
+
+
+def load_dataset(name: str, section: DataSection) -> DatasetVersion:
+    """Read, check and hash the data of an experiment.
+
+    Raises:
+        DataError: If a file is wrong, or a training prompt is (nearly) an evaluation prompt.
+    """
+    splits = {"train": tuple(e for path in section.train for e in read_chats(path))}
+    splits |= {split: read_chats(path) for split, path in section.evaluation.items()}
+    sources = {"train": ", ".join(str(p) for p in section.train)}
+    sources |= {split: str(path) for split, path in section.evaluation.items()}
+    return make_dataset(name, splits, sources=sources, leakage_jaccard=section.leakage_jaccard)
+
+
+def make_dataset(
+    name: str,
+    splits: Mapping[str, Sequence[Example]],
+    *,
+    sources: Mapping[str, str],
+    leakage_jaccard: float,
+    parent_id: str | None = None,
+) -> DatasetVersion:
+    """Check splits against each other and give them a content hash.
+
+    Exact duplicates within the training split are dropped and counted; leakage is refused.
+
+    Raises:
+        DataError: If ids repeat across splits or training prompts leak evaluation prompts.
+    """
+    repeats = set(exact_duplicates(splits["train"]))
+    kept: dict[str, tuple[Example, ...]] = {
+        split: tuple(e for e in rows if split != "train" or e.id not in repeats) for split, rows in splits.items()
+    }
+    for split, rows in kept.items():
+        if split == "train":
+            continue
+        leaks = find_leaks(kept["train"], rows, leakage_jaccard)
+        if leaks:
+            shown = "\n".join(
+                f"{sources.get('train', 'train')}: {leak.train_id} is {leak.jaccard:.2f} alike to "
+                f"{leak.evaluation_id} of {sources.get(split, split)}"
+                for leak in leaks[:10]
+            )
+            raise DataError(
+                f"{len(leaks)} training prompts leak the evaluation set {split!r}:\n{shown}",
+                "take those rows out of one of the files, or raise data.leakage_jaccard if they really differ",
+            )
+    identity = {split: [[e.id, [m.model_dump() for m in e.messages]] for e in rows] for split, rows in kept.items()}
+    return DatasetVersion(
+        id=content_hash(identity),
+        name=name,
+        splits=kept,
+        sources=dict(sources),
+        checks={"exact_duplicates_dropped": len(repeats), "leaks": 0},
+        parent_id=parent_id,
+    )
+
+
+def evaluation_splits(dataset: DatasetVersion) -> tuple[str, ...]:
+    """Names of the evaluation sets."""
+    return tuple(split for split in dataset.splits if split != "train")
+
+
+def union_of_evaluations(dataset: DatasetVersion) -> tuple[Example, ...]:
+    """All evaluation examples, each tagged with the set it is from."""
+    return tuple(
+        e.model_copy(update={"tags": {**e.tags, "set": split}})
+        for split in evaluation_splits(dataset)
+        for e in dataset.split(split)
+    )
+
+

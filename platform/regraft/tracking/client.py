@@ -1,0 +1,84 @@
+"""What runs and registry share: errors in Regraft's terms, records as JSON, adapter folders as hashes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import requests  # type: ignore[import-untyped]
+from mlflow.exceptions import MlflowException
+
+from regraft.errors import ModelError, ServiceError
+from regraft.records import Record
+
+SHA_TAG = "adapter.sha256"
+PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+
+
+class _Served(Protocol):
+    @property
+    def uri(self) -> str: ...
+
+
+S = TypeVar("S", bound=_Served)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def guarded(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Let what MLflow raises leave a method as a `ServiceError` that names the server."""
+
+    @functools.wraps(method)
+    def call(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except (MlflowException, requests.RequestException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:500]
+            raise ServiceError(
+                f"MLflow at {self.uri}: {reason}", "see that the server runs and that tracking.uri names it"
+            ) from error
+
+    return call
+
+
+def is_code(error: MlflowException, *codes: str) -> bool:
+    """Whether the server gave one of these error codes, such as `RESOURCE_DOES_NOT_EXIST`."""
+    return error.error_code in codes
+
+
+def to_plain(record: Record) -> dict[str, Any]:
+    """A record as JSON-serialisable values. NaN stays NaN, where pydantic's own JSON would lose it as null."""
+    return record.model_dump(mode="json")
+
+
+def to_json(record: Record) -> str:
+    """A record as readable JSON that `json.loads` and `model_validate` take back."""
+    return json.dumps(to_plain(record), ensure_ascii=False, indent=1)
+
+
+def hash_folder(folder: Path) -> str:
+    """SHA-256 over the relative names and the contents of all files of a folder."""
+    total = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{file.relative_to(folder).as_posix()}\0{digest}\n".encode())
+    return total.hexdigest()
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder with weights that could run code when they are loaded.
+
+    Raises:
+        ModelError: If a file is of a pickled kind; the message names it.
+    """
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in PICKLES:
+            raise ModelError(
+                f"{file.relative_to(folder)} is a pickled file, which may run code when it is loaded",
+                "save the model as safetensors",
+            )

@@ -1,0 +1,198 @@
+"""The training loop, in plain torch: it knows no Ray, no MLflow and no method.
+
+It takes a model whose trainable parameters are marked, and reports through a function it is given.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from regraft.errors import InfeasibleTrialError
+from regraft.records import LossPoint
+from regraft.training.batches import Encoded, bucket, collate
+from regraft.training.loss import supervised_positions_only
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Report = Callable[[LossPoint], None]
+
+
+class LoopSettings(NamedTuple):
+    """How to train. Lengths are in tokens."""
+
+    learning_rate: float
+    epochs: float
+    tokens_per_batch: int
+    warmup_fraction: float = 0.1
+    max_gradient_norm: float = 1.0
+    evaluations: int = 4
+    seed: int = 0
+
+
+class Workers(NamedTuple):
+    """This process's place among those that train together."""
+
+    rank: int = 0
+    count: int = 1
+    wrap: Callable[[Any], Any] = lambda model: model
+
+
+class Outcome(NamedTuple):
+    """What training came to."""
+
+    points: tuple[LossPoint, ...]
+    tokens_seen: int
+    seconds: float
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The last evaluation loss, in nats a supervised token."""
+        return next((p.eval_loss for p in reversed(self.points) if p.eval_loss is not None), None)
+
+
+def train(
+    model: nn.Module,
+    base: nn.Module,
+    train_set: Sequence[Encoded],
+    evaluation_set: Sequence[Encoded],
+    settings: LoopSettings,
+    *,
+    pad_id: int,
+    device: str,
+    report: Report,
+    workers: Workers = Workers(),  # noqa: B008
+) -> Outcome:
+    """Train the parameters that require gradients.
+
+    Each step's loss is the sum over the step's supervised tokens, of all workers, over their number: a token
+    counts the same whatever batch it falls into. AdamW, linear warm-up and linear decay to zero.
+
+    Args:
+        model: What is called, in training mode afterwards: the base itself or a PEFT model around it.
+        base: The transformers model inside.
+        train_set: Training examples.
+        evaluation_set: Examples for the evaluation loss.
+        settings: How to train.
+        pad_id: Token id of the padding.
+        device: Where the model is.
+        report: Called on every worker after each evaluation; may raise to stop the trial.
+        workers: This process's place among its peers.
+
+    Raises:
+        InfeasibleTrialError: If the loss is no longer a number.
+    """
+    import torch
+
+    torch.manual_seed(settings.seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    plan = _plan(train_set, settings, workers)
+    total = len(plan)
+    optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    warmup = max(1, round(total * settings.warmup_fraction))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min(1.0, (step + 1) / warmup) * (total - step) / total if step < total else 0.0
+    )
+    marks = {round(total * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
+    points: list[LossPoint] = []
+    seen, since_loss, since_tokens, started, paused = 0, 0.0, 0, time.monotonic(), 0.0
+    with supervised_positions_only(base):
+        wrapped = workers.wrap(model)
+        for step, group in enumerate(plan, start=1):
+            wrapped.train()
+            batch = collate(group, pad_id).to(device)
+            supervised = sum(e.supervised for e in group)
+            with autocast(model, device):
+                loss = wrapped(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+                ).loss
+            loss_sum, token_sum = _sum_over_workers(float(loss.detach()), supervised, workers)
+            if not math.isfinite(loss_sum):
+                raise InfeasibleTrialError(f"diverged: the loss is {loss_sum} at step {step} of {total}")
+            # DDP averages gradients over workers; the division is by the tokens of all of them.
+            (loss * workers.count / token_sum).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
+            rate = optimiser.param_groups[0]["lr"]
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad(set_to_none=True)
+            seen += sum(len(e.ids) for e in group) * workers.count
+            since_loss, since_tokens = since_loss + loss_sum, since_tokens + token_sum
+            if step in marks:
+                pause = time.monotonic()
+                held_out = evaluation_loss(
+                    model, evaluation_set, tokens_per_batch=settings.tokens_per_batch, pad_id=pad_id, device=device
+                )
+                point = LossPoint(
+                    step=step,
+                    tokens_seen=seen,
+                    train_loss=since_loss / since_tokens,
+                    eval_loss=held_out,
+                    learning_rate=rate,
+                )
+                since_loss, since_tokens = 0.0, 0
+                points.append(point)
+                report(point)
+                paused += time.monotonic() - pause
+    return Outcome(tuple(points), seen, time.monotonic() - started - paused)
+
+
+def evaluation_loss(
+    model: nn.Module, examples: Sequence[Encoded], *, tokens_per_batch: int, pad_id: int, device: str
+) -> float:
+    """Mean loss over the supervised tokens of `examples`, in nats; inside `supervised_positions_only`."""
+    import torch
+
+    model.eval()
+    total, tokens = 0.0, 0
+    with torch.no_grad(), autocast(model, device):
+        for group in bucket(examples, tokens_per_batch, rng=None):
+            batch = collate(group, pad_id).to(device)
+            loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+            total += float(loss)
+            tokens += sum(e.supervised for e in group)
+    return total / tokens
+
+
+def autocast(model: nn.Module, device: str) -> Any:
+    """bf16 autocast for a model that holds fp32 weights in its body, else nothing.
+
+    A bf16 base with fp32 adapters needs none: PEFT casts at the adapter.
+    """
+    import torch
+
+    weights = max(model.parameters(), key=lambda p: p.numel())
+    if weights.dtype is torch.float32 and weights.requires_grad:
+        return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _plan(examples: Sequence[Encoded], settings: LoopSettings, workers: Workers) -> list[list[Encoded]]:
+    """This worker's batches, in order; the same number on every worker."""
+    rng = random.Random(settings.seed)
+    batches: list[list[Encoded]] = []
+    for _ in range(math.ceil(settings.epochs)):
+        groups = bucket(examples, settings.tokens_per_batch, rng=rng)
+        whole = len(groups) - len(groups) % workers.count if len(groups) >= workers.count else 0
+        if not whole:
+            raise InfeasibleTrialError(f"{len(groups)} batches cannot be shared among {workers.count} workers")
+        batches += groups[workers.rank : whole : workers.count]
+    return batches[: max(1, math.ceil(len(batches) * settings.epochs / math.ceil(settings.epochs)))]
+
+
+def _sum_over_workers(loss: float, tokens: int, workers: Workers) -> tuple[float, int]:
+    if workers.count == 1:
+        return loss, tokens
+    import torch
+    import torch.distributed as dist
+
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    both: torch.Tensor = torch.tensor([loss, float(tokens)], dtype=torch.float64, device=device)
+    dist.all_reduce(both)
+    return float(both[0]), int(both[1])

@@ -1,0 +1,1 @@
+"""Engines: what turns token ids into an answer, behind one small interface."""

@@ -1,0 +1,126 @@
+"""The interface between the API and whatever generates.
+
+The API knows requests, events and the errors below; an engine knows one loaded model version.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from regraft.records import Message
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt and how to continue it.
+
+    Attributes:
+        prompt_ids: Token ids of the prompt.
+        max_new_tokens: Upper bound on generated tokens.
+        temperature: 0 is greedy.
+        top_p: Sample from the smallest set of tokens with at least this probability.
+        seed: Makes sampling repeatable; None draws afresh.
+        stop: The answer ends before the first of these.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """More of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of the answer. Completion tokens count the end-of-sequence token too."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+
+
+Event: TypeAlias = TextDelta | Finished
+
+
+class EngineError(Exception):
+    """Generation failed; the message may be shown to the client."""
+
+
+class EngineClosedError(EngineError):
+    """The engine was closed while, or before, this request was answered."""
+
+
+class QueueFullError(Exception):
+    """As many requests are waiting as may wait."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Stream(AsyncIterator[Event]):
+    """The events of one request; closing it cancels the request."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Stop generating for this request. Safe to call at any time, any number of times."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much one engine takes on.
+
+    Attributes:
+        max_batch: Requests answered together.
+        max_queued: Requests that may wait beyond those.
+        threads: CPU threads of the engine.
+    """
+
+    max_batch: int = 16
+    max_queued: int = 64
+    threads: int = 1
+    gather_seconds: float = field(default=0.01, repr=False)
+
+
+class Engine(ABC):
+    """One loaded model version that answers requests."""
+
+    #: Tokens that prompt and answer may have together.
+    context_length: int
+
+    @abstractmethod
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a chat, up to where the assistant's turn begins."""
+
+    @abstractmethod
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a plain prompt."""
+
+    @abstractmethod
+    def submit(self, request: GenerationRequest) -> Stream:
+        """Take on a request; call from a running event loop.
+
+        Returns:
+            Its events: text deltas, then one `Finished`. An `EngineError` is raised from the iterator.
+
+        Raises:
+            QueueFullError: If too many requests are waiting.
+            EngineClosedError: If the engine is closed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Fail what is waiting, cancel what runs, free the model. Blocks until the worker has ended."""
