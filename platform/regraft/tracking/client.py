@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import requests  # type: ignore[import-untyped]
+from mlflow import MlflowClient
+from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 
 from regraft.errors import ModelError, ServiceError
-from regraft.records import Record
+from regraft.records import PromotionDecision, Record, RetrainDecision
 
 SHA_TAG = "adapter.sha256"
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
@@ -45,19 +48,27 @@ def guarded(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P
     return call
 
 
-def is_code(error: MlflowException, *codes: str) -> bool:
+def has_code(error: MlflowException, *codes: str) -> bool:
     """Whether the server gave one of these error codes, such as `RESOURCE_DOES_NOT_EXIST`."""
     return error.error_code in codes
 
 
-def to_plain(record: Record) -> dict[str, Any]:
-    """A record as JSON-serialisable values. NaN stays NaN, where pydantic's own JSON would lose it as null."""
-    return record.model_dump(mode="json")
-
-
 def to_json(record: Record) -> str:
-    """A record as readable JSON that `json.loads` and `model_validate` take back."""
-    return json.dumps(to_plain(record), ensure_ascii=False, indent=1)
+    """A record as readable JSON. NaN stays NaN, where pydantic's own JSON would lose it as null."""
+    return json.dumps(record.model_dump(mode="json"), ensure_ascii=False, indent=1)
+
+
+def log_decision(client: MlflowClient, run_id: str, decision: RetrainDecision | PromotionDecision) -> None:
+    """Log a decision on a run, as a JSON artifact and as tags."""
+    if isinstance(decision, PromotionDecision):
+        kind, name = "promotion", f"promotion_{decision.id}.json"
+        tags = {"id": decision.id, "outcome": decision.outcome, "reason": decision.reason}
+    else:
+        kind, name = "retrain", "retrain_decision.json"
+        tags = {"id": decision.id, "action": decision.action, "reason": decision.reason}
+        tags |= {"job": decision.job_id} if decision.job_id else {}
+    client.log_text(run_id, to_json(decision), name)
+    client.log_batch(run_id, tags=[RunTag(f"{kind}.{key}", value[:1000]) for key, value in tags.items()])
 
 
 def hash_folder(folder: Path) -> str:
@@ -82,3 +93,8 @@ def refuse_pickles(folder: Path) -> None:
                 f"{file.relative_to(folder)} is a pickled file, which may run code when it is loaded",
                 "save the model as safetensors",
             )
+
+
+def now_ms() -> int:
+    """Milliseconds since the epoch, as MLflow counts them."""
+    return int(time.time() * 1000)

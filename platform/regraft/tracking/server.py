@@ -47,7 +47,18 @@ def start_server(folder: Path, host: str, port: int) -> Server:
     folder = folder.resolve()
     (folder / "artifacts").mkdir(parents=True, exist_ok=True)
     log = folder / "server.log"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
     # The job runner is for MLflow's own GenAI evaluations: without it the server takes a fifth of the memory.

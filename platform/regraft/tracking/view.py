@@ -54,7 +54,9 @@ def view_value(metrics: Sequence[str] = METRICS) -> str:
         }
     )
     if len(value) > TAG_LIMIT:
-        raise ValueError(f"a view of {len(metrics)} metrics takes {len(value)} characters; MLflow keeps {TAG_LIMIT}")
+        raise ValueError(
+            f"a view of {len(metrics)} metrics takes {len(value)} characters; MLflow keeps {TAG_LIMIT}"
+        )
     return value
 
 

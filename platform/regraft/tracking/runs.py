@@ -1,0 +1,259 @@
+"""Sweeps, trials, drift checks and decisions as MLflow runs.
+
+Everything goes through `MlflowClient`: the fluent API keeps an active run in the process, which a Ray actor
+that is used for one trial after another would carry over.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
+from mlflow.exceptions import MlflowException
+
+from regraft.errors import ServiceError
+from regraft.records import (
+    DatasetVersion,
+    DriftReport,
+    Leaderboard,
+    PromotionDecision,
+    RetrainDecision,
+    TrialResult,
+)
+from regraft.tracking.client import guarded, has_code, log_decision, now_ms, to_json
+from regraft.tracking.leaderboard import markdown
+from regraft.tracking.trials import RESULT_FILE, TAG_CHARACTERS, TrialRun, dataset_split_name, end_tags
+from regraft.tracking.view import METRICS, VIEW_TAG, view_path, view_value
+
+#: Trials with one of these need not be run again.
+SETTLED = frozenset({"completed", "stopped", "infeasible"})
+
+
+class Tracker:
+    """One MLflow experiment: the sweeps, trials, drift checks and decisions about one model.
+
+    Args:
+        uri: URL of the MLflow server.
+        experiment: Name of the experiment; made on first use if there is none.
+    """
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.uri = uri.rstrip("/")
+        self.experiment = experiment
+        self._client = MlflowClient(self.uri)
+
+    @cached_property
+    def experiment_id(self) -> str:
+        """The id of the experiment."""
+        found = self._client.get_experiment_by_name(self.experiment)
+        if found is None:
+            try:
+                # Without the kind, MLflow opens the experiment on its pages for traces.
+                kind = {"mlflow.experimentKind": "custom_model_development"}
+                return str(self._client.create_experiment(self.experiment, tags=kind))
+            except MlflowException as error:
+                if not has_code(error, "RESOURCE_ALREADY_EXISTS"):
+                    raise
+                found = self._client.get_experiment_by_name(self.experiment)  # another trial was first
+        if found.lifecycle_stage == "deleted":
+            raise ServiceError(
+                f"the MLflow experiment {self.experiment!r} is deleted",
+                f"restore it: mlflow experiments restore --experiment-id {found.experiment_id}",
+            )
+        return str(found.experiment_id)
+
+    @guarded
+    def start_sweep(self, sweep_id: str, *, params: dict[str, Any], dataset: DatasetVersion) -> str:
+        """Find or create the parent run of a sweep, and set it running.
+
+        Returns:
+            The id of the run.
+        """
+        run = self._resume({"role": "sweep", "sweep": sweep_id}, name=f"sweep {sweep_id}")
+        self._describe(run, params, dataset)
+        return str(run.info.run_id)
+
+    @guarded
+    def finish_sweep(self, run_id: str, leaderboard: Leaderboard, status: str = "FINISHED") -> None:
+        """Log the leaderboard, mark the winner, and end the sweep's run."""
+        self._client.log_text(run_id, to_json(leaderboard), "leaderboard.json")
+        self._client.log_text(run_id, markdown(leaderboard), "leaderboard.md")
+        self._client.set_tag(run_id, "winner_reason", leaderboard.winner_reason[:TAG_CHARACTERS])
+        winner = next((row for row in leaderboard.rows if row.key == leaderboard.winner_key), None)
+        winning_run = winner.run_id if winner else None
+        # A resumed sweep may have another winner than it had before.
+        for run in self._search({"role": "trial", "sweep": leaderboard.sweep_id, "winner": "true"}):
+            if run.info.run_id != winning_run:
+                self._client.delete_tag(run.info.run_id, "winner")
+        if winner is not None:
+            objective = leaderboard.objective
+            best = winner.quality.mean if winner.quality else winner.metrics.get(objective)
+            if best is not None:
+                self._client.log_metric(run_id, f"best/{objective}", best)
+            self._client.set_tag(run_id, "winner", winner.key)
+            self._client.set_tag(run_id, "winner_label", winner.label)
+            self._client.set_tag(winner.run_id, "winner", "true")
+        self._client.set_terminated(run_id, status)
+
+    @guarded
+    def start_trial(
+        self,
+        sweep_run_id: str,
+        *,
+        sweep_id: str,
+        key: str,
+        label: str,
+        params: dict[str, Any],
+        dataset: DatasetVersion,
+    ) -> TrialRun:
+        """Find or create the run of a trial: a trial that is started again goes on in the same run.
+
+        Args:
+            sweep_run_id: The sweep's run, as `start_sweep` gave it.
+            sweep_id: The sweep.
+            key: What identifies the trial's work.
+            label: Name of the run, for people.
+            params: Settings of the trial. Those an earlier attempt has logged stay as they are.
+            dataset: What it trains and is evaluated on.
+        """
+        tags = {"role": "trial", "sweep": sweep_id, "trial_key": key}
+        run = self._resume(tags, name=label, parent=sweep_run_id)
+        run_id = str(run.info.run_id)
+        self._client.set_tag(run_id, "attempt", str(int(run.data.tags.get("attempt", "0")) + 1))
+        self._describe(run, params, dataset)
+        return TrialRun(
+            self._client,
+            uri=self.uri,
+            experiment_id=self.experiment_id,
+            run_id=run_id,
+            dataset_name=dataset.name,
+        )
+
+    @guarded
+    def close_trial(
+        self, sweep_id: str, key: str, *, status: Literal["stopped", "failed"], reason: str
+    ) -> None:
+        """End the run of a trial that could not do so itself, such as one that the scheduler killed.
+
+        Does nothing if the run has ended, or was never made.
+        """
+        for run in self._search({"role": "trial", "sweep": sweep_id, "trial_key": key}):
+            if run.info.status == "RUNNING":
+                self._client.log_batch(run.info.run_id, tags=end_tags(status, reason))
+                self._client.set_terminated(run.info.run_id, "FAILED" if status == "failed" else "FINISHED")
+
+    @guarded
+    def find_trial(self, key: str) -> TrialResult | None:
+        """The newest settled result of the same work in any sweep of this experiment, if there is one."""
+        for run in self._search({"role": "trial", "trial_key": key}):
+            if run.info.status == "RUNNING" or run.data.tags.get("status") not in SETTLED:
+                continue
+            # One that was killed from outside may be tagged as stopped and have no record of its own.
+            files = {f.path for f in self._client.list_artifacts(run.info.run_id)}
+            if RESULT_FILE not in files:
+                continue
+            result = TrialResult.model_validate(self._read_json(run.info.run_id, RESULT_FILE))
+            if result.status in SETTLED:
+                return result
+        return None
+
+    @guarded
+    def log_drift(self, report: DriftReport, html: Path | None) -> str:
+        """Log a drift check, whatever it found, as a run of its own; the same report twice is one run.
+
+        Returns:
+            The id of the run.
+        """
+        served = f"{report.model}/{report.model_version}"
+        run = self._resume(
+            {"role": "drift", "drift_report": report.id}, name=f"drift {served} {report.window_end}"
+        )
+        run_id = str(run.info.run_id)
+        values = {
+            "drift/p_value": report.p_value,
+            "drift/effect": report.effect,
+            "drift/alpha": report.alpha,
+            "drift/rows": report.rows,
+        }
+        now = now_ms()
+        self._client.log_batch(
+            run_id, metrics=[Metric(key, value, now, 0) for key, value in values.items() if value is not None]
+        )
+        tags = {"status": report.status, "model": report.model, "model_version": str(report.model_version)}
+        tags |= {"reference": report.reference_id, "summary": report.summary[:TAG_CHARACTERS]}
+        for key, value in tags.items():
+            self._client.set_tag(run_id, key, value)
+        if html is not None:
+            self._client.log_text(run_id, html.read_text(encoding="utf-8"), "report.html")
+        self._client.log_text(run_id, to_json(report.model_copy(update={"run_id": run_id})), "report.json")
+        self._client.set_terminated(run_id)
+        return run_id
+
+    @guarded
+    def log_decision(self, run_id: str, decision: RetrainDecision | PromotionDecision) -> None:
+        """Log a decision on the run that it is about, as a JSON artifact and as tags."""
+        log_decision(self._client, run_id, decision)
+
+    @guarded
+    def leaderboard_url(self, *metrics: str) -> str:
+        """Save the view of this experiment's trials, and give its address. Saving again replaces it.
+
+        Args:
+            *metrics: Quality metrics to show, such as `rougeL`; the table is sorted by the first.
+        """
+        self._client.set_experiment_tag(self.experiment_id, VIEW_TAG, view_value(metrics or METRICS))
+        return self.uri + view_path(self.experiment_id)
+
+    def _search(self, tags: dict[str, str]) -> list[Run]:
+        """Runs with all of these tags, the newest first."""
+        wanted = " AND ".join(f"tags.{key} = '{value}'" for key, value in tags.items())
+        return list(
+            self._client.search_runs([self.experiment_id], wanted, order_by=["attributes.start_time DESC"])
+        )
+
+    def _resume(self, tags: dict[str, str], *, name: str, parent: str | None = None) -> Run:
+        """The run with these tags, set running; made if there is none."""
+        found = self._search(tags)
+        # A tag, because MLflow has no other notion of a parent.
+        family = {"mlflow.parentRunId": parent} if parent else {}
+        if not found:
+            return self._client.create_run(
+                self.experiment_id, run_name=name, tags=tags | family | {"status": "running"}
+            )
+        run = found[0]
+        self._client.update_run(run.info.run_id, status="RUNNING")
+        for key, value in (family | {"status": "running"}).items():
+            self._client.set_tag(run.info.run_id, key, value)
+        return run
+
+    def _describe(self, run: Run, params: dict[str, Any], dataset: DatasetVersion) -> None:
+        """Log parameters and datasets, less what an earlier attempt has logged: MLflow refuses changes."""
+        new = [Param(key, str(value)) for key, value in params.items() if key not in run.data.params]
+        self._client.log_batch(run.info.run_id, params=new)
+        if not run.inputs.dataset_inputs:
+            inputs = [_dataset_input(dataset, split) for split in dataset.splits]
+            self._client.log_inputs(run.info.run_id, inputs)
+
+    def _read_json(self, run_id: str, name: str) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(self._client.download_artifacts(run_id, name, folder))
+            return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _dataset_input(dataset: DatasetVersion, split: str) -> DatasetInput:
+    examples = dataset.splits[split]
+    return DatasetInput(
+        Dataset(
+            name=dataset_split_name(dataset.name, split),
+            digest=dataset.id,
+            source_type="local",
+            source=json.dumps({"uri": dataset.sources.get(split, "")}),
+            profile=json.dumps({"num_rows": len(examples)}),
+        ),
+        [InputTag("mlflow.data.context", "training" if split == "train" else "eval")],
+    )

@@ -1,0 +1,175 @@
+"""What a trial logs while it runs: its curve, its adapter, its result."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, RunTag
+from mlflow.models import Model
+
+from regraft.records import EvalReport, LossPoint, TrialResult
+from regraft.tracking.client import SHA_TAG, guarded, hash_folder, now_ms, refuse_pickles, to_json
+
+RESULT_FILE = "trial_result.json"
+SAMPLES_FILE = "samples.json"
+SAMPLES = 20
+#: MLflow shows tags in full in its tables; the whole reason is in the record.
+TAG_CHARACTERS = 1000
+
+
+class TrialRun:
+    """The MLflow run of one trial. `Tracker.start_trial` makes it.
+
+    Args:
+        client: A client of the server at `uri`.
+        uri: The server, for error messages.
+        experiment_id: The experiment of the run.
+        run_id: The run.
+        dataset_name: Name of the dataset version that the trial trains on.
+    """
+
+    def __init__(
+        self, client: MlflowClient, *, uri: str, experiment_id: str, run_id: str, dataset_name: str
+    ) -> None:
+        self.uri = uri
+        self.run_id = run_id
+        self._client = client
+        self._experiment_id = experiment_id
+        self._dataset_name = dataset_name
+        self._last_step = 0
+
+    @guarded
+    def log_curve(self, points: Sequence[LossPoint]) -> None:
+        """Log points of the learning curve, all in one request where they fit in one."""
+        now = now_ms()
+        metrics = []
+        for point in points:
+            values = {
+                "train/loss": point.train_loss,
+                "train/learning_rate": point.learning_rate,
+                "train/tokens_seen": point.tokens_seen,
+            }
+            if point.eval_loss is not None:
+                values["eval/loss"] = point.eval_loss
+            metrics += [Metric(key, value, now, point.step) for key, value in values.items()]
+            self._last_step = max(self._last_step, point.step)
+        self._client.log_batch(self.run_id, metrics=metrics)
+
+    @guarded
+    def log_adapter(self, folder: Path, *, name: str, params: dict[str, Any], step: int) -> str:
+        """Keep what was trained, as plain files at the root of an MLflow logged model.
+
+        Args:
+            folder: The files to keep, safetensors and JSON.
+            name: Name of the logged model.
+            params: What the Models tab shows of it, `base_model` and `base_revision` among it.
+            step: The training step at which it was saved.
+
+        Returns:
+            The id of the logged model.
+
+        Raises:
+            ModelError: If the folder holds pickled weights.
+        """
+        refuse_pickles(folder)
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        is_adapter = (folder / "adapter_config.json").exists()
+        model = self._client.create_logged_model(
+            self._experiment_id,
+            name=_model_name(name),
+            source_run_id=self.run_id,
+            tags={SHA_TAG: hash_folder(folder), "adapter.bytes": str(size)},
+            params={key: str(value) for key, value in {**params, "step": step}.items()},
+            model_type="peft-adapter" if is_adapter else "hf-model",
+        )
+        model_id = str(model.model_id)
+        try:
+            self._client.log_model_artifacts(model_id, str(folder))
+            with tempfile.TemporaryDirectory() as temporary:
+                # MLflow's own page offers to register a model only where it finds this file.
+                described = Model(run_id=self.run_id, model_id=model_id)
+                flavor = "peft_adapter" if is_adapter else "hf_model"
+                described.add_flavor(flavor, data=".", **{k: str(v) for k, v in params.items()})
+                described.save(str(Path(temporary) / "MLmodel"))
+                self._client.log_model_artifacts(model_id, temporary)
+        except BaseException:
+            self._client.finalize_logged_model(model_id, LoggedModelStatus.FAILED)
+            raise
+        self._client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+        self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=step)])
+        self._last_step = max(self._last_step, step)
+        return model_id
+
+    @guarded
+    def finish(self, result: TrialResult) -> None:
+        """Log what came of the trial and end its run.
+
+        The record is written before the run ends: a run that has ended without one did not come this far.
+        """
+        if result.report is not None:
+            self._log_samples(result.report)
+        self._client.log_text(self.run_id, to_json(result), RESULT_FILE)
+        self._client.log_batch(
+            self.run_id, metrics=self._metrics(result), tags=end_tags(result.status, result.reason)
+        )
+        self._client.set_terminated(self.run_id, "FAILED" if result.status == "failed" else "FINISHED")
+
+    def _metrics(self, result: TrialResult) -> list[Metric]:
+        now, step = now_ms(), self._last_step
+        quality = {
+            f"eval/{name}": value for name, value in (result.report.means if result.report else {}).items()
+        }
+        if result.eval_loss is not None:
+            quality["eval/loss"] = result.eval_loss
+        cost = result.cost.model_dump()
+        other = {f"cost/{name}": value for name, value in cost.items()}
+        if result.speed is not None:
+            other |= {
+                f"speed/{name}": value for name, value in result.speed.model_dump(exclude={"how"}).items()
+            }
+        # The Models tab shows the metrics that name both a model and a dataset, and no others.
+        link: dict[str, str] = {}
+        if result.logged_model_id and result.report:
+            link = {
+                "model_id": result.logged_model_id,
+                "dataset_name": dataset_split_name(self._dataset_name, result.report.split),
+                "dataset_digest": result.report.dataset_id,
+            }
+        return [Metric(key, value, now, step, **link) for key, value in quality.items()] + [
+            Metric(key, value, now, step) for key, value in other.items()
+        ]
+
+    def _log_samples(self, report: EvalReport) -> None:
+        """Write the table of answers that MLflow lays side by side for several runs.
+
+        `MlflowClient.log_table` would append to the table of an earlier attempt; this replaces it.
+        """
+        names = sorted({name for example in report.examples for name in example.scores})
+        rows = [
+            [e.prompt, e.reference, e.output, *(e.scores.get(name) for name in names)]
+            for e in report.examples[:SAMPLES]
+        ]
+        table = {"columns": ["prompt", "reference", "output", *names], "data": rows}
+        self._client.log_text(self.run_id, json.dumps(table, ensure_ascii=False), SAMPLES_FILE)
+        listed = json.dumps([{"path": SAMPLES_FILE, "type": "table"}])
+        self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", listed)
+
+
+def dataset_split_name(dataset: str, split: str) -> str:
+    """Name of a split as an MLflow dataset. MLflow tells datasets apart by name and digest alone."""
+    return f"{dataset}/{split}"
+
+
+def end_tags(status: str, reason: str) -> list[RunTag]:
+    """Tags that say how a trial ended."""
+    return [RunTag("status", status), RunTag("reason", reason[:TAG_CHARACTERS])]
+
+
+def _model_name(name: str) -> str:
+    """A name that MLflow takes: it refuses these characters in the names of logged models."""
+    return name.translate(dict.fromkeys(map(ord, "/:.%\"'"), "-"))

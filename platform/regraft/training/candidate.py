@@ -1,0 +1,100 @@
+"""Scoring what was trained: answers, metrics and speed of one candidate, loaded as serving loads it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regraft.config import EvaluateSection
+from regraft.evals.evaluate import evaluate
+from regraft.evals.generation import generate, measure_speed
+from regraft.methods import Method
+from regraft.methods.base import DTypeName
+from regraft.models import prompt_ids
+from regraft.records import EvalReport, Example, ExampleScore, Speed
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+
+class BaseCache:
+    """Clean base models of this process, by what they were loaded as; a reused trial actor keeps one.
+
+    A base is taken out while a trial works on it and comes back only if the method can restore it, so a
+    trial that dies half-way never leaves a changed base behind.
+    """
+
+    def __init__(self, keep: int = 2) -> None:
+        self._keep = keep
+        self._held: OrderedDict[tuple[str, ...], nn.Module] = OrderedDict()
+
+    def take(self, method: Method, path: Path, dtype: DTypeName, device: str) -> nn.Module:
+        """A clean base for `method`, from the cache or freshly loaded."""
+        held = self._held.pop(self._key(method, path, dtype, device), None)
+        return held if held is not None else method.load_base(path, dtype, device)
+
+    def give_back(self, base: nn.Module | None, method: Method, path: Path, dtype: DTypeName, device: str) -> None:
+        """Keep a base that is clean again; None is taken as 'it no longer is'."""
+        if base is None:
+            return
+        self._held[self._key(method, path, dtype, device)] = base.eval()
+        while len(self._held) > self._keep:
+            self._held.popitem(last=False)
+
+    @staticmethod
+    def _key(method: Method, path: Path, dtype: str, device: str) -> tuple[str, ...]:
+        quantisation = repr(getattr(method, "double_quantisation", "")) if method.quantised else "none"
+        return (str(path), dtype, device, quantisation)
+
+
+def score(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    settings: EvaluateSection,
+    *,
+    dataset_id: str,
+    split: str,
+    known: Sequence[ExampleScore] = (),
+) -> EvalReport:
+    """Answer and score examples.
+
+    Args:
+        model: Ready to answer.
+        tokenizer: Its tokenizer.
+        examples: What to ask.
+        settings: How to answer and score.
+        dataset_id: The dataset the examples are from.
+        split: The evaluation set's name.
+        known: Scores of the same candidate from before, by the same metrics; their examples are not asked
+            again.
+    """
+    have = {s.example_id: s for s in known}
+    asked = [e for e in examples if e.id not in have or have[e.id].reference != e.reference]
+    outputs = generate(
+        model,
+        tokenizer,
+        [prompt_ids(tokenizer, e.prompt) for e in asked],
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+    )
+    fresh = evaluate(asked, outputs, settings.metrics, dataset_id=dataset_id, split=split)
+    by_id = have | {s.example_id: s for s in fresh.examples}
+    tagged = tuple(by_id[e.id].model_copy(update={"tags": e.tags}) for e in examples)
+    return fresh.model_copy(update={"examples": tagged})
+
+
+def speed(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    settings: EvaluateSection,
+    threads: int,
+) -> Speed:
+    """Time a few answers, one by one."""
+    step = max(1, len(examples) // settings.latency_prompts)
+    prompts = [prompt_ids(tokenizer, e.prompt) for e in examples[::step][: settings.latency_prompts]]
+    return measure_speed(model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, threads=threads)

@@ -1,0 +1,272 @@
+"""One trial, from its specification to its record: the same function inline and under Ray Train.
+
+It knows no Ray: what to do with progress is injected.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from regraft.config import EvaluateSection, ModelSection, SweepSection
+from regraft.data.dataset import union_of_evaluations
+from regraft.errors import InfeasibleTrialError
+from regraft.methods import Method, parse_method
+from regraft.models import ResolvedModel, load_tokenizer, pick_device, resolve
+from regraft.records import Cost, DatasetVersion, LossPoint, Record, TrialResult, TrialStatus, content_hash
+from regraft.tracking.runs import Tracker, TrialRun
+from regraft.training.batches import encode
+from regraft.training.candidate import BaseCache, score, speed
+from regraft.training.loop import LoopSettings, Outcome, Workers, evaluation_loss, train
+from regraft.training.loss import supervised_positions_only
+from regraft.training.memory import peak_gib, require_memory, reset_peak
+
+#: Raised whenever a change to training or evaluation makes earlier trials incomparable.
+TRIAL_VERSION = 1
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class TrialSpec(Record):
+    """Everything that makes a trial what it is, and where it is to be recorded."""
+
+    sweep_id: str
+    sweep_run_id: str
+    experiment: str
+    tracking_uri: str
+    method: dict[str, Any]
+    model: ModelSection
+    base_revision: str
+    dataset_id: str
+    sweep: SweepSection
+    evaluate: EvaluateSection
+
+    @property
+    def parsed(self) -> Method:
+        """The method itself."""
+        return parse_method(self.method)
+
+    @property
+    def key(self) -> str:
+        """Hash of what decides the result. A finished trial with this key is never run again."""
+        decisive = {"epochs", "tokens_per_batch", "max_length", "warmup_fraction", "max_gradient_norm", "seed"}
+        decisive |= {"workers_per_trial", "evaluations"}
+        return content_hash(
+            {
+                "version": TRIAL_VERSION,
+                "method": self.method,
+                "base": [self.base_revision, self.model.dtype],
+                "dataset": self.dataset_id,
+                "sweep": self.sweep.model_dump(mode="json", include=decisive),
+                "evaluate": self.evaluate.model_dump(mode="json"),
+            }
+        )
+
+    @property
+    def points(self) -> int:
+        """Progress points of a whole trial: the evaluations, and the end."""
+        return self.sweep.evaluations + 1
+
+
+def run_trial(
+    spec: TrialSpec,
+    dataset: DatasetVersion,
+    *,
+    report: Report,
+    bases: BaseCache,
+    workers: Workers = Workers(),  # noqa: B008
+) -> None:
+    """Train, score and record one trial.
+
+    Whatever ends it is recorded in its run: completion, a stop from outside (`SystemExit` out of `report`),
+    infeasibility with its reason, or a failure, which is raised again.
+
+    Args:
+        spec: What to do.
+        dataset: Its data; the id must be `spec.dataset_id`.
+        report: Called with `eval_loss`, `point` (1 to `spec.points`) and `status`.
+        bases: Clean base models of this process.
+        workers: This process's place among those that train this trial; rank 0 records.
+    """
+    tracker = Tracker(spec.tracking_uri, spec.experiment)
+    run = None
+    if workers.rank == 0:
+        params = {**spec.method, **spec.sweep.model_dump(mode="json", include={"epochs", "tokens_per_batch", "seed"})}
+        run = tracker.start_trial(
+            spec.sweep_run_id,
+            sweep_id=spec.sweep_id,
+            key=spec.key,
+            label=spec.parsed.label,
+            params=params | {"base_model": spec.model.source, "base_revision": spec.base_revision},
+            dataset=dataset,
+        )
+    attempt = _Attempt(spec, dataset, run, report, bases, workers)
+    try:
+        result = attempt.go()
+    except InfeasibleTrialError as error:
+        _record(run, attempt.result("infeasible", error.problem))
+        report({"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": error.problem})
+        return
+    except (SystemExit, KeyboardInterrupt):
+        _record(run, attempt.result("stopped", "stopped early: others did better at the same point"))
+        raise
+    except Exception as error:
+        if _is_out_of_memory(error):
+            reason = f"out of memory: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
+            _record(run, attempt.result("infeasible", reason))
+            report({"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": reason})
+            return
+        _record(run, attempt.result("failed", f"{type(error).__name__}: {error}"))
+        raise
+    _record(run, result)
+    report({"eval_loss": result.eval_loss, "point": spec.points, "status": "completed"})
+
+
+class _Attempt:
+    """The state of a running trial, so that its record can be written however it ends."""
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        dataset: DatasetVersion,
+        run: TrialRun | None,
+        report: Report,
+        bases: BaseCache,
+        workers: Workers,
+    ) -> None:
+        self.spec, self.dataset, self.run, self.report = spec, dataset, run, report
+        self.bases, self.workers = bases, workers
+        self.points: list[LossPoint] = []
+        self.started = time.monotonic()
+        self.cost = Cost()
+        self.device = pick_device(spec.model.device)
+
+    def go(self) -> TrialResult:
+        """Train and score."""
+        spec, method = self.spec, self.spec.parsed
+        reset_peak(self.device)
+        base_model = resolve(spec.model.source, spec.model.revision)
+        if base_model.revision != spec.base_revision:
+            raise InfeasibleTrialError(
+                f"this node resolves {spec.model.source} to {base_model.revision}, the sweep to {spec.base_revision}"
+            )
+        require_memory(method, base_model.path, spec.model.dtype, self.device, spec.sweep.trial_memory_gib)
+        tokenizer = load_tokenizer(base_model.path)
+        examples = union_of_evaluations(self.dataset)
+        held_out = [encode(tokenizer, e, spec.sweep.max_length) for e in examples]
+        base = self.bases.take(method, base_model.path, spec.model.dtype, self.device)
+        model = method.apply(base)
+        pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        if method.trains:
+            rows = [encode(tokenizer, e, spec.sweep.max_length) for e in self.dataset.split("train")]
+            outcome = train(
+                model, base, rows, held_out, self._loop_settings(method),
+                pad_id=pad_id, device=self.device, report=self._on_point, workers=self.workers,
+            )  # fmt: skip
+        else:
+            with supervised_positions_only(base):
+                loss = evaluation_loss(
+                    model, held_out, tokens_per_batch=spec.sweep.tokens_per_batch, pad_id=pad_id, device=self.device
+                )
+            outcome = Outcome((), 0, 0.0)
+            self.points = [LossPoint(step=0, tokens_seen=0, train_loss=loss, eval_loss=loss, learning_rate=0.0)]
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.cost = Cost(
+            train_seconds=outcome.seconds,
+            trainable_parameters=trainable,
+            tokens_seen=outcome.tokens_seen,
+            memory_peak_gib=peak_gib(self.device),
+        )
+        if self.workers.rank != 0:
+            return self.result("completed")
+        return self._score(method, model, base_model, tokenizer, examples)
+
+    def _score(self, method: Method, model: Any, base_model: ResolvedModel, tokenizer: Any, examples: Any) -> TrialResult:
+        """Save what was trained, load it again as serving will, and score that."""
+        import torch
+
+        spec, path, dtype = self.spec, base_model.path, self.spec.model.dtype
+        model_id = None
+        with tempfile.TemporaryDirectory(prefix="regraft-trial-") as folder:
+            kept = Path(folder)
+            method.save(model, kept)
+            clean = method.release(model)
+            if method.kind == "adapter" and clean is not None:
+                model = method.attach(clean, kept)
+            elif method.kind == "full":
+                model = method.load(path, kept, dtype, self.device)
+            model.eval()
+            report = score(
+                model, tokenizer, examples, spec.evaluate, dataset_id=spec.dataset_id, split="evaluation"
+            )
+            timing = speed(model, tokenizer, examples, spec.evaluate, torch.get_num_threads())
+            if method.trains:
+                size = sum(f.stat().st_size for f in kept.rglob("*") if f.is_file())
+                self.cost = self.cost.model_copy(update={"adapter_bytes": size})
+                if self.run is not None:
+                    step = self.points[-1].step if self.points else 0
+                    params = {**spec.method, "base_model": spec.model.source, "base_revision": spec.base_revision}
+                    name = method.label.replace(" ", "-").replace("=", "").replace(".", "_")
+                    model_id = self.run.log_adapter(kept, name=name, params=params, step=step)
+        # Peak memory is of training and of answering: whatever was higher.
+        self.cost = self.cost.model_copy(update={"memory_peak_gib": peak_gib(self.device)})
+        if method.kind != "full":
+            self.bases.give_back(method.release(model), method, path, dtype, self.device)
+        return self.result("completed").model_copy(
+            update={"report": report, "speed": timing, "logged_model_id": model_id}
+        )
+
+    def _loop_settings(self, method: Method) -> LoopSettings:
+        sweep = self.spec.sweep
+        return LoopSettings(
+            learning_rate=method.learning_rate,
+            epochs=sweep.epochs,
+            tokens_per_batch=sweep.tokens_per_batch,
+            warmup_fraction=sweep.warmup_fraction,
+            max_gradient_norm=sweep.max_gradient_norm,
+            evaluations=sweep.evaluations,
+            seed=sweep.seed,
+        )
+
+    def _on_point(self, point: LossPoint) -> None:
+        self.points.append(point)
+        if self.run is not None:
+            self.run.log_curve([point])
+        self.cost = self.cost.model_copy(
+            update={"tokens_seen": point.tokens_seen, "train_seconds": time.monotonic() - self.started}
+        )
+        self.report({"eval_loss": point.eval_loss, "point": len(self.points), "status": "training"})
+
+    def result(self, status: TrialStatus, reason: str = "") -> TrialResult:
+        """The record as far as it is known."""
+        spec = self.spec
+        return TrialResult(
+            key=spec.key,
+            sweep_id=spec.sweep_id,
+            run_id=self.run.run_id if self.run else "",
+            label=spec.parsed.label,
+            method=spec.method,
+            base_model=spec.model.source,
+            base_revision=spec.base_revision,
+            dataset_id=spec.dataset_id,
+            status=status,
+            reason=reason,
+            eval_loss=next((p.eval_loss for p in reversed(self.points) if p.eval_loss is not None), None),
+            cost=self.cost,
+        )
+
+
+def _record(run: TrialRun | None, result: TrialResult) -> None:
+    if run is not None:
+        run.finish(result)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "not enough memory" in text

@@ -1,0 +1,1 @@
+"""Sweeps: Ray Tune over methods and their settings."""

@@ -1,0 +1,332 @@
+"""Static batching over transformers' `generate`: slower than slots, and right for every PEFT kind.
+
+One worker thread takes all waiting requests as one left-padded batch and answers them together; each row
+has its own sampling, its own stop and its own end. What arrives meanwhile waits for the next batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from regraft.models import prompt_ids
+from regraft.records import Message
+from serving.engines.base import (
+    Engine,
+    EngineClosedError,
+    EngineError,
+    EngineLimits,
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    QueueFullError,
+    Stream,
+    TextDelta,
+)
+from serving.engines.text import Detokenizer, StopScanner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Prompt-learning kinds whose virtual tokens are plain input embeddings.
+_SOFT_PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING"})
+
+
+class _Row(Stream):
+    """One request: filled by the worker thread, read on the event loop that submitted it."""
+
+    def __init__(self, engine: StaticEngine, request: GenerationRequest, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.request = request
+        self.done = False
+        self.generator: torch.Generator | None = None
+        self._engine = engine
+        self._detokenizer = Detokenizer(tokenizer)
+        self._scanner = StopScanner(request.stop)
+        self._count = 0
+        self._ended = False
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event | EngineError] = asyncio.Queue()
+
+    async def __anext__(self) -> Event:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._ended = not isinstance(event, TextDelta)
+        if isinstance(event, EngineError):
+            raise event
+        return event
+
+    async def aclose(self) -> None:
+        self._ended = True
+        self._engine.cancel(self)
+
+    def take(self, token: int, eos: frozenset[int]) -> None:
+        """Add one generated token, on the worker thread."""
+        self._count += 1
+        if token in eos:
+            self.finish("stop")
+            return
+        text, stopped = self._scanner.push(self._detokenizer.push(token))
+        self._give(text)
+        if stopped:
+            self._end("stop")
+        elif self._count >= self.request.max_new_tokens:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the answer, giving out what was held back."""
+        text, stopped = self._scanner.push(self._detokenizer.flush())
+        self._give(text if stopped else text + self._scanner.flush())
+        self._end("stop" if stopped else reason)
+
+    def fail(self, error: EngineError) -> None:
+        """End the request with an error."""
+        if not self.done:
+            self.done = True
+            self._post(error)
+
+    def _end(self, reason: FinishReason) -> None:
+        self.done = True
+        self._post(Finished(reason, len(self.request.prompt_ids), self._count))
+
+    def _give(self, text: str) -> None:
+        if text:
+            self._post(TextDelta(text))
+
+    def _post(self, event: Event | EngineError) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop has closed: nobody is left to read
+            self.done = True
+
+
+class _TakeTokens(StoppingCriteria):  # type: ignore[misc]
+    """Hands each row its new token and says which rows are done.
+
+    A stopping criterion sees every step's tokens and decides per row; a streamer only sees them.
+    """
+
+    def __init__(self, rows: Sequence[_Row], eos: frozenset[int]) -> None:
+        self._rows = rows
+        self._eos = eos
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.done:
+                row.take(token, self._eos)
+        return torch.tensor([row.done for row in self._rows], device=input_ids.device)
+
+
+class _SampleRows(LogitsProcessor):  # type: ignore[misc]
+    """Draws the tokens of sampled rows and masks all others, so that `generate` itself stays greedy."""
+
+    def __init__(self, rows: Sequence[_Row]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for index, row in enumerate(self._rows):
+            request = row.request
+            if row.done or request.temperature == 0:
+                continue
+            # Drawn on the CPU whatever the device: a seed means the same everywhere.
+            probabilities = torch.softmax(scores[index].float().cpu() / request.temperature, dim=-1)
+            if request.top_p < 1:
+                ordered, order = probabilities.sort(descending=True, stable=True)
+                ordered[ordered.cumsum(0) - ordered >= request.top_p] = 0
+                probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
+            if row.generator is None:
+                row.generator = torch.Generator()
+                if request.seed is None:
+                    row.generator.seed()
+                else:
+                    row.generator.manual_seed(request.seed)
+            drawn = int(torch.multinomial(probabilities, 1, generator=row.generator))
+            scores[index] = -torch.inf
+            scores[index, drawn] = 0
+        return scores
+
+
+class StaticEngine(Engine):
+    """Answers with one loaded transformers or PEFT model.
+
+    Args:
+        model: As `Method.load` gives it; it must not be used elsewhere meanwhile.
+        tokenizer: The tokenizer of its base.
+        limits: How much to take on.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits | None = None) -> None:
+        self._limits = limits or EngineLimits()
+        self._tokenizer = tokenizer
+        self._encoding = threading.Lock()
+        self._changed = threading.Condition()
+        self._waiting: deque[_Row] = deque()
+        self._running: list[_Row] = []
+        self._closed = False
+
+        self._base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._model: Any = model
+        self._soft_prompt, self._same_length = _soft_prompt(model)
+        self._config = _greedy(self._base.generation_config, tokenizer)
+        eos = self._config.eos_token_id
+        self._eos = frozenset([eos] if isinstance(eos, int) else eos or [])
+        virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+        self.context_length = int(getattr(self._base.config, "max_position_embeddings", 4096)) - int(virtual)
+        self._hook = self._base.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
+        self._worker = threading.Thread(target=self._work, name="regraft-engine", daemon=True)
+        self._worker.start()
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a chat, up to where the assistant's turn begins."""
+        with self._encoding:
+            return prompt_ids(self._tokenizer, messages)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a plain prompt."""
+        with self._encoding:
+            ids: list[int] = self._tokenizer(text)["input_ids"]
+            return ids
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        """Take on a request; see `Engine.submit`."""
+        row = _Row(self, request, self._tokenizer)
+        with self._changed:
+            if self._closed:
+                raise EngineClosedError("this model version is being unloaded")
+            busy = len(self._waiting) + sum(not r.done for r in self._running)
+            if busy >= self._limits.max_batch + self._limits.max_queued:
+                raise QueueFullError(f"{busy} requests are being answered or wait; try again later")
+            self._waiting.append(row)
+            self._changed.notify()
+        return row
+
+    def cancel(self, row: _Row) -> None:
+        """Stop working for a row: at once if it waits, at the next token if it runs."""
+        with self._changed:
+            row.done = True
+            if row in self._waiting:
+                self._waiting.remove(row)
+
+    def close(self) -> None:
+        """Fail what waits and what runs, end the worker, let go of the model."""
+        with self._changed:
+            self._closed = True
+            rows = [*self._waiting, *self._running]
+            self._waiting.clear()
+            self._changed.notify()
+        for row in rows:
+            row.fail(EngineClosedError("this model version was unloaded"))
+        self._worker.join()
+        self._hook.remove()
+        self._model = self._base = self._soft_prompt = None
+
+    def _work(self) -> None:
+        torch.set_num_threads(self._limits.threads)  # OpenMP keeps this per calling thread
+        while batch := self._next_batch():
+            try:
+                self._answer(batch)
+            except Exception as error:  # noqa: BLE001 - whatever it was, only this batch has failed
+                for row in batch:
+                    row.fail(EngineError(f"generation failed: {type(error).__name__}: {error}"))
+            finally:
+                with self._changed:
+                    self._running = []
+
+    def _next_batch(self) -> list[_Row]:
+        """Wait for requests and take those that go together; empty when closed."""
+        with self._changed:
+            while not self._closed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                # Requests of one burst arrive one by one: a moment's patience saves the others a whole batch.
+                self._changed.wait_for(self._full, timeout=self._limits.gather_seconds)
+                fitting = list(self._waiting)
+                if self._same_length and fitting:
+                    length = len(fitting[0].request.prompt_ids)
+                    fitting = [row for row in fitting if len(row.request.prompt_ids) == length]
+                if fitting and not self._closed:
+                    self._running = fitting[: self._limits.max_batch]
+                    for row in self._running:
+                        self._waiting.remove(row)
+                    return self._running
+        return []
+
+    def _full(self) -> bool:
+        return len(self._waiting) >= self._limits.max_batch or self._closed
+
+    @torch.inference_mode()
+    def _answer(self, rows: list[_Row]) -> None:
+        config = copy.deepcopy(self._config)
+        config.max_new_tokens = max(row.request.max_new_tokens for row in rows)
+        generate, inputs = self._inputs([row.request.prompt_ids for row in rows])
+        generate(
+            **inputs,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_SampleRows(rows)]),
+            stopping_criteria=StoppingCriteriaList([_TakeTokens(rows, self._eos)]),
+        )
+        for row in rows:  # the model's own configuration may end a batch too, for instance by max_time
+            if not row.done:
+                row.finish("length")
+
+    def _inputs(self, prompts: list[tuple[int, ...]]) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The function to call, and a left-padded batch for it."""
+        soft = self._soft_prompt
+        virtual = 0 if soft is None else len(soft)
+        longest = max(len(p) for p in prompts)
+        ids = torch.full((len(prompts), longest), self._config.pad_token_id)
+        mask = torch.zeros((len(prompts), virtual + longest), dtype=torch.long)
+        for index, prompt in enumerate(prompts):
+            ids[index, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[index, longest - len(prompt) :] = 1
+        ids, mask = ids.to(self._base.device), mask.to(self._base.device)
+        if soft is None:
+            return self._model.generate, {"input_ids": ids, "attention_mask": mask}
+        # PEFT puts the virtual tokens before the padding and drops the positions, so that in a padded batch
+        # they are further from the text than they were in training. Here the padding comes first.
+        text = self._base.get_input_embeddings()(ids)
+        embeds = text.new_zeros((len(prompts), virtual + longest, text.shape[-1]))
+        embeds[:, virtual:] = text
+        for index, prompt in enumerate(prompts):
+            padding = longest - len(prompt)
+            embeds[index, padding : padding + virtual] = soft
+        return self._base.generate, {"inputs_embeds": embeds, "attention_mask": mask}
+
+
+def _soft_prompt(model: Any) -> tuple[torch.Tensor | None, bool]:
+    """The virtual tokens' embeddings, and whether only prompts of one length may share a batch."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning:
+        return None, False
+    if config.peft_type not in _SOFT_PROMPTS:
+        return None, True  # left to PEFT, which is right as long as nothing is padded
+    with torch.inference_mode():
+        prompt: torch.Tensor = model.get_prompt(batch_size=1)[0]
+        return prompt.to(model.get_base_model().dtype), False
+
+
+def _greedy(config: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model's generation settings without sampling: that is done row by row."""
+    config = copy.deepcopy(config)
+    config.do_sample = False
+    config.num_beams = 1
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length"):
+        setattr(config, name, None)
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return config
+
+
+def _make_contiguous(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    # On the CPU a bf16 matmul with a frozen weight takes a 500 times slower path for a strided input, and
+    # the last position of the hidden states is one.
+    return (args[0].contiguous(), *args[1:])
