@@ -13,7 +13,12 @@ from serving.engines.base import Engine, EngineLimits
 
 
 def load_engine(
-    version: ModelVersion, folder: Path, *, dtype: DTypeName, device: Literal["auto", "cpu", "cuda"], limits: EngineLimits
+    version: ModelVersion,
+    folder: Path,
+    *,
+    dtype: DTypeName,
+    device: Literal["auto", "cpu", "cuda"],
+    limits: EngineLimits,
 ) -> Engine:
     """Load a version. Slow, and meant for a thread.
 

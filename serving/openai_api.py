@@ -7,7 +7,7 @@ is how the served version was evaluated, and a chat may be as long as the endpoi
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -86,7 +86,9 @@ class _Request(BaseModel):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=256, description="Kept as the session of the captured exchange.")
+    user: str | None = Field(
+        None, max_length=256, description="Kept as the session of the captured exchange."
+    )
 
     @field_validator("stop")
     @classmethod
@@ -105,7 +107,7 @@ class _Request(BaseModel):
     def _supported(self) -> _Request:
         for name, value in (self.model_extra or {}).items():
             if value is not None and value not in NEUTRAL.get(name, ()):
-                raise Unsupported(name)
+                raise UnsupportedError(name)
         return self
 
     @property
@@ -125,8 +127,11 @@ class _Request(BaseModel):
         return {n: v for n in names if (v := getattr(self, n, None)) is not None}
 
 
-class Unsupported(Exception):  # noqa: N818 - pydantic lets it pass because it is no ValueError
-    """A field that this endpoint does not support, with a value that matters."""
+class UnsupportedError(Exception):
+    """A field that this endpoint does not support, with a value that matters.
+
+    No ValueError, so that pydantic lets it pass as it is.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -149,16 +154,18 @@ class ChatMessage(BaseModel):
     content: str | list[TextPart]
 
     @property
+    def text(self) -> str:
+        """The content in one piece."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    @property
     def message(self) -> Message:
         """The turn as a record."""
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return Message(role="system" if self.role == "developer" else self.role, content=text)
+        return Message(role="system" if self.role == "developer" else self.role, content=self.text)
 
     @model_validator(mode="after")
     def _not_empty(self) -> ChatMessage:
-        if not self.content or not any(p.text for p in self.content if isinstance(p, TextPart)) and not isinstance(
-            self.content, str
-        ):
+        if not self.text:
             raise ValueError("content must not be empty")
         return self
 
@@ -196,7 +203,10 @@ class CompletionRequest(_Request):
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
 
-def parse_request[Body: _Request](kind: type[Body], raw: bytes) -> Body:
+Body = TypeVar("Body", bound=_Request)
+
+
+def parse_request(kind: type[Body], raw: bytes) -> Body:
     """Read the body of a request.
 
     Raises:
@@ -204,9 +214,12 @@ def parse_request[Body: _Request](kind: type[Body], raw: bytes) -> Body:
     """
     try:
         return kind.model_validate_json(raw)
-    except Unsupported as error:
+    except UnsupportedError as error:
         raise ApiError(
-            400, f"{error.name} is not supported by this endpoint", code="unsupported_parameter", param=error.name
+            400,
+            f"{error.name} is not supported by this endpoint",
+            code="unsupported_parameter",
+            param=error.name,
         ) from error
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
@@ -214,7 +227,9 @@ def parse_request[Body: _Request](kind: type[Body], raw: bytes) -> Body:
         where = [str(p) for p in problem["loc"] if p not in ("str", "list[str]", "list[TextPart]")]
         param = ".".join(where) or None
         message = problem["msg"].removeprefix("Value error, ")
-        raise ApiError(400, f"{param}: {message}" if param else message, code="invalid_value", param=param) from error
+        raise ApiError(
+            400, f"{param}: {message}" if param else message, code="invalid_value", param=param
+        ) from error
 
 
 class Reply:
@@ -232,7 +247,9 @@ class Reply:
         self._object = "chat.completion" if chat else "text_completion"
         self._head: dict[str, Any] = {"id": id, "created": created, "model": model}
 
-    def whole(self, answers: list[tuple[str, str]], prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    def whole(
+        self, answers: list[tuple[str, str]], prompt_tokens: int, completion_tokens: int
+    ) -> dict[str, Any]:
         """The answer in one piece.
 
         Args:
@@ -277,7 +294,11 @@ def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 def sse(data: dict[str, Any] | Literal["[DONE]"]) -> bytes:
     """One server-sent event."""
-    return b"data: " + (data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)).encode() + b"\n\n"
+    return (
+        b"data: "
+        + (data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)).encode()
+        + b"\n\n"
+    )
 
 
 def model_card(id: str, created: int) -> dict[str, Any]:

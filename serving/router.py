@@ -309,7 +309,9 @@ class VersionTable:
         if len(pinned) >= self._max_pinned:
             idle = [entry for entry in pinned if not entry.references]
             if not idle:
-                raise PinnedBusyError(f"{len(pinned)} versions besides the champion are in use; try again later")
+                raise PinnedBusyError(
+                    f"{len(pinned)} versions besides the champion are in use; try again later"
+                )
             self._retire(min(idle, key=lambda entry: entry.used))
 
     async def _load_and_warm(self, version: ModelVersion) -> Engine:

@@ -143,7 +143,7 @@ class ServeSection(Section):
     max_queued: int = Field(64, ge=1, description="Requests waiting beyond those being answered; more get 429.")
     max_new_tokens: int = Field(256, ge=1, description="Upper bound on what one request may ask for.")
     poll_seconds: float = Field(1.0, gt=0, description="How often the champion alias is looked up.")
-    num_cpus: float = Field(1, gt=0)
+    num_cpus: float = Field(1, ge=0, description="Cores reserved for the endpoint; 0 shares them with trials.")
     num_gpus: float = Field(0, ge=0)
 
 
@@ -166,6 +166,7 @@ class RetrainSection(Section):
     reviewed: Path | None = Field(None, description="Reviewed fresh examples (JSONL) that a retraining adds.")
     evaluation: dict[str, Path] = Field({}, description="Evaluation sets for the fresh topics.")
     epochs: float | None = Field(None, gt=0, description="As in the sweep, if not given.")
+    cpus_per_trial: float | None = Field(None, gt=0, description="As in the sweep, if not given.")
     min_fresh: int = Field(20, ge=1, description="Fewer reviewed fresh examples than this: collect, do not retrain.")
     cooldown_seconds: float = Field(0, ge=0, description="No second retraining this soon after one.")
 
@@ -186,6 +187,7 @@ class ClusterSection(Section):
     num_cpus: int | None = Field(None, ge=1, description="Cores of the local cluster; all if not given.")
     num_gpus: int | None = Field(None, ge=0)
     dashboard_port: int = Field(8265, ge=0, le=65535)
+    storage: str | None = Field(None, description="Folder or URI that all nodes reach, for Ray's own state.")
 
 
 class Experiment(Section):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from regraft.records import Message
@@ -75,8 +75,12 @@ class Stream(AsyncIterator[Event]):
     """The events of one request; closing it cancels the request."""
 
     @abstractmethod
-    async def aclose(self) -> None:
+    def cancel(self) -> None:
         """Stop generating for this request. Safe to call at any time, any number of times."""
+
+    async def aclose(self) -> None:
+        """The same as `cancel`, for `contextlib.aclosing`."""
+        self.cancel()
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,13 @@ class EngineLimits:
         max_batch: Requests answered together.
         max_queued: Requests that may wait beyond those.
         threads: CPU threads of the engine.
+        gather_seconds: How long the first of a batch waits for company.
     """
 
     max_batch: int = 16
     max_queued: int = 64
     threads: int = 1
-    gather_seconds: float = field(default=0.01, repr=False)
+    gather_seconds: float = 0.01
 
 
 class Engine(ABC):

@@ -43,7 +43,9 @@ _SOFT_PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING"})
 class _Row(Stream):
     """One request: filled by the worker thread, read on the event loop that submitted it."""
 
-    def __init__(self, engine: StaticEngine, request: GenerationRequest, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, engine: StaticEngine, request: GenerationRequest, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         self.request = request
         self.done = False
         self.generator: torch.Generator | None = None
@@ -64,7 +66,7 @@ class _Row(Stream):
             raise event
         return event
 
-    async def aclose(self) -> None:
+    def cancel(self) -> None:
         self._ended = True
         self._engine.cancel(self)
 
@@ -163,7 +165,9 @@ class StaticEngine(Engine):
         limits: How much to take on.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits | None = None
+    ) -> None:
         self._limits = limits or EngineLimits()
         self._tokenizer = tokenizer
         self._encoding = threading.Lock()
@@ -233,7 +237,7 @@ class StaticEngine(Engine):
         while batch := self._next_batch():
             try:
                 self._answer(batch)
-            except Exception as error:  # noqa: BLE001 - whatever it was, only this batch has failed
+            except Exception as error:  # whatever it was, only this batch has failed
                 for row in batch:
                     row.fail(EngineError(f"generation failed: {type(error).__name__}: {error}"))
             finally:

@@ -52,7 +52,9 @@ class CaptureStore:
             try:
                 written = os.write(file, line)
                 if written != len(line):
-                    raise OSError(f"{self.folder}: only {written} of {len(line)} bytes of a capture were written")
+                    raise OSError(
+                        f"{self.folder}: only {written} of {len(line)} bytes of a capture were written"
+                    )
             except OSError:
                 # What was written is a torn line, which is only tolerable as the last one of its file.
                 self._release()

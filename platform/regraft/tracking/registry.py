@@ -191,7 +191,7 @@ class Registry:
                 raise ModelError(
                     f"the files of logged model {logged_model_id} are not those that were logged: "
                     f"their SHA-256 is not the one in its tag {SHA_TAG}",
-                    "find out who changed the artifact store; train the model again, or promote another version",
+                    "find out what changed the artifact store, and promote another version meanwhile",
                 )
             try:
                 folder.rename(target)

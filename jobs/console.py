@@ -1,0 +1,97 @@
+"""What the command line prints: lines with the time that has passed, and tables."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from regraft.records import DriftReport, Leaderboard, PromotionDecision
+
+#: Soft wrapping keeps one message one line in files and pipes; links stay whole.
+console = Console(soft_wrap=True, highlight=False, force_terminal=sys.stdout.isatty())
+#: Where a stage sends its lines.
+Say = Callable[[str], None]
+_STARTED = time.monotonic()
+
+
+def say(line: str) -> None:
+    """Print a line with the minutes and seconds since the command started."""
+    passed = time.monotonic() - _STARTED
+    console.print(f"[{int(passed // 60):3d}:{passed % 60:04.1f}] {line}", markup=False)
+
+
+def stage(number: int, total: int, title: str) -> None:
+    """Announce a stage."""
+    console.print()
+    passed = time.monotonic() - _STARTED
+    console.print(f"[{int(passed // 60):3d}:{passed % 60:04.1f}] ── {number}/{total} {title} ──", markup=False, style="bold")
+
+
+def show_leaderboard(board: Leaderboard) -> None:
+    """Print a leaderboard."""
+    table = Table(title=f"Leaderboard of {board.sweep_id}, by {board.objective}")
+    columns = ["#", "candidate", f"{board.objective} (95 % interval)", "eval loss", "train s", "memory GiB"]
+    columns += ["trainable", "p95 ms", "tok/s", ""]
+    for name in columns:
+        table.add_column(name, justify="left" if name in {"candidate", ""} else "right", no_wrap=name != "")
+    for row in board.rows:
+        m = row.metrics
+        quality = row.quality
+        marks = ["winner"] if row.key == board.winner_key else []
+        marks += ["control"] if row.is_control else []
+        marks += ["Pareto"] if row.on_pareto_front else []
+        marks += [row.status] if row.status != "completed" else []
+        marks += [row.reason] if row.reason and row.status != "stopped" else []
+        table.add_row(
+            str(row.rank or "–"),
+            row.label,
+            f"{quality.mean:.3f} ({quality.low:.3f}–{quality.high:.3f})" if quality else "–",
+            _number(m, "eval_loss", ".3f"),
+            _number(m, "train_seconds", ".0f"),
+            _number(m, "memory_peak_gib", ".2f"),
+            _number(m, "trainable_parameters", ",.0f"),
+            _number(m, "latency_p95_ms", ",.0f"),
+            _number(m, "tokens_per_second", ".1f"),
+            ", ".join(marks),
+            style="bold" if row.key == board.winner_key else None,
+        )
+    Console(width=max(console.width, 150)).print(table)
+    console.print(f"winner: {board.winner_reason}", markup=False)
+
+
+def _number(metrics: dict[str, float], name: str, form: str) -> str:
+    return format(metrics[name], form) if metrics.get(name) else "–"
+
+
+def show_decision(decision: PromotionDecision) -> None:
+    """Print the gate's word and its evidence."""
+    table = Table(title=f"{decision.challenger} against {decision.incumbent}: {decision.outcome}")
+    for name in ("evaluation set", "examples", "before", "after", "difference", "95 % interval"):
+        table.add_column(name, justify="left" if name == "evaluation set" else "right")
+    for c in decision.evidence:
+        table.add_row(
+            c.split,
+            str(c.examples),
+            f"{c.incumbent_mean:.3f}",
+            f"{c.challenger_mean:.3f}",
+            f"{c.difference:+.3f}",
+            f"{c.low:+.3f} to {c.high:+.3f}",
+        )
+    Console(width=max(console.width, 120)).print(table)
+    console.print(f"{decision.outcome}: {decision.reason}", markup=False)
+
+
+def show_drift(reports: Sequence[tuple[str, DriftReport]]) -> None:
+    """Print drift reports, one a row."""
+    table = Table(title="Drift checks")
+    for name in ("window", "exchanges", "verdict", "p-value", "effect"):
+        table.add_column(name, justify="left" if name in {"window", "verdict"} else "right")
+    for title, report in reports:
+        p = "–" if report.p_value is None else f"{report.p_value:.4f}"
+        effect = "–" if report.effect is None else f"{report.effect:+.2f}"
+        table.add_row(title, str(report.rows), report.status, p, effect)
+    Console(width=max(console.width, 100)).print(table)

@@ -1,0 +1,170 @@
+"""What is compared: the reference frozen at promotion, and a window of captured exchanges."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from regraft.errors import DataError
+from regraft.records import CapturedExchange, Record, content_hash
+
+REFERENCE_FILE = "reference.json"
+
+
+class Row(Record):
+    """One exchange as the detectors see it."""
+
+    id: str
+    prompt: str
+    output: str
+
+
+class Reference(Record):
+    """The promoted model's own answers to ordinary prompts. `id` is the hash of all the rest."""
+
+    id: str
+    model: str
+    version: int
+    rows: tuple[Row, ...]
+
+
+class Window(Record):
+    """The exchanges of one check, with what was left out of them and why."""
+
+    rows: tuple[Row, ...]
+    start: str = ""
+    end: str = ""
+    given: int = 0
+    errors: int = 0
+    other_versions: int = 0
+    repeats: int = 0
+    not_sampled: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        exchanges: Sequence[CapturedExchange],
+        max_rows: int,
+        model: str | None = None,
+        version: int | None = None,
+    ) -> Window:
+        """Select the rows to compare.
+
+        Turns of one session, and one prompt asked again and again, are alike: as separate rows they would
+        make ordinary windows look strange to a permutation test. One row of each is kept.
+
+        Args:
+            exchanges: What was captured, in any order.
+            max_rows: A larger window is sampled by the hash of the exchange ids.
+            model: Leave out the exchanges of other models, where given.
+            version: Leave out the exchanges of other versions, where given.
+        """
+        own = [
+            e
+            for e in exchanges
+            if (model is None or e.model == model) and (version is None or e.model_version == version)
+        ]
+        answered = [e for e in own if e.error is None]
+        # Ordered by hash, the choice depends neither on the order given nor on time of day or content.
+        answered.sort(key=lambda e: _order(e.id))
+        sessions: set[str] = set()
+        one_each = []
+        for exchange in answered:
+            if exchange.session is not None:
+                if exchange.session in sessions:
+                    continue
+                sessions.add(exchange.session)
+            one_each.append(Row(id=exchange.id, prompt=exchange.prompt_text, output=exchange.output))
+        rows = distinct(one_each)
+        return cls(
+            rows=tuple(rows[:max_rows]),
+            start=min((e.created for e in exchanges), default=""),
+            end=max((e.created for e in exchanges), default=""),
+            given=len(exchanges),
+            errors=len(own) - len(answered),
+            other_versions=len(exchanges) - len(own),
+            repeats=len(answered) - len(rows),
+            not_sampled=max(0, len(rows) - max_rows),
+        )
+
+    @property
+    def left_out(self) -> str:
+        """What was left out, in words; empty if nothing was."""
+        counts = {
+            "failed": self.errors,
+            "of other models or versions": self.other_versions,
+            "repeated a session or a prompt": self.repeats,
+            "not sampled": self.not_sampled,
+        }
+        return ", ".join(f"{count} {why}" for why, count in counts.items() if count)
+
+
+def distinct(rows: Iterable[Row]) -> list[Row]:
+    """Keep the first row of each prompt, whatever its spacing and case."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        found.setdefault(" ".join(row.prompt.lower().split()), row)
+    return list(found.values())
+
+
+def sampled(rows: Sequence[Row], max_rows: int) -> list[Row]:
+    """Distinct rows in hash order, at most `max_rows` of them."""
+    return distinct(sorted(rows, key=lambda row: _order(row.id)))[:max_rows]
+
+
+def freeze(folder: Path, *, model: str, version: int, rows: Iterable[Row]) -> Reference:
+    """Write the reference of a promoted version, in place of any that was there.
+
+    Args:
+        folder: Where it is kept.
+        model: Name of the registered model.
+        version: The promoted version, whose answers these are.
+        rows: Ordinary prompts and the promoted version's answers.
+
+    Raises:
+        DataError: If there are no rows, or two have one id.
+    """
+    kept = tuple(rows)
+    if not kept:
+        raise DataError(f"no exchanges to freeze as the reference of {model}/{version}", "answer some first")
+    if len({row.id for row in kept}) != len(kept):
+        raise DataError(f"the reference of {model}/{version} has an id twice", "give each exchange its own id")
+    reference = Reference(id=_hash(model, version, kept), model=model, version=version, rows=kept)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / REFERENCE_FILE
+    # A reader sees the old file or the new one, never half of one.
+    partial = target.with_suffix(".partial")
+    partial.write_text(reference.model_dump_json(indent=1), encoding="utf-8")
+    partial.replace(target)
+    return reference
+
+
+def load(folder: Path) -> Reference:
+    """Read a frozen reference and check it against its hash.
+
+    Raises:
+        DataError: If there is none, it cannot be read, or it was changed since it was frozen.
+    """
+    path = folder / REFERENCE_FILE
+    mend = "promote the model again to freeze a new reference"
+    try:
+        reference = Reference.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no reference is frozen here", mend) from error
+    except (OSError, ValueError, ValidationError) as error:
+        raise DataError(f"{path}: not a reference: {error}", mend) from error
+    if reference.id != _hash(reference.model, reference.version, reference.rows):
+        raise DataError(f"{path}: changed since it was frozen as {reference.id}", mend)
+    return reference
+
+
+def _hash(model: str, version: int, rows: Sequence[Row]) -> str:
+    return content_hash([model, version, [[row.id, row.prompt, row.output] for row in rows]])
+
+
+def _order(identifier: str) -> str:
+    return hashlib.sha256(identifier.encode()).hexdigest()

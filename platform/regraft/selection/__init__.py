@@ -1,0 +1,1 @@
+"""Selection: ranking trials and judging challengers. Pure functions of records."""

@@ -1,0 +1,90 @@
+"""Bootstrap over examples (Efron & Tibshirani, 1993). Seeded: the same records give the same intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from regraft.records import Comparison, EvalReport, ExampleScore, Interval
+
+_SEED = 20260101
+
+
+def mean_interval(values: Sequence[float], *, level: float, resamples: int) -> Interval:
+    """Mean with its percentile bootstrap interval.
+
+    Args:
+        values: One score an example.
+        level: Coverage, such as 0.95.
+        resamples: Bootstrap samples.
+
+    Raises:
+        ValueError: If there are no values.
+    """
+    means = _resampled_means(np.asarray(values, dtype=float), resamples)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(mean=float(np.mean(values)), low=float(low), high=float(high), level=level)
+
+
+def paired_comparison(
+    challenger: EvalReport,
+    incumbent: EvalReport,
+    metric: str,
+    *,
+    split: str,
+    level: float,
+    resamples: int,
+    of_set: str | None = None,
+) -> Comparison:
+    """Compare two candidates over the examples both have a score for.
+
+    Args:
+        challenger: Scores of the one that wants to win.
+        incumbent: Scores of the one that is there.
+        metric: What to compare; higher is better.
+        split: A name for what is compared over.
+        level: Coverage of the interval.
+        resamples: Bootstrap samples.
+        of_set: Only examples tagged as of this evaluation set; all if None.
+
+    Raises:
+        ValueError: If no example has a score from both, or the metric's versions differ.
+    """
+    if challenger.metric_versions != incumbent.metric_versions:
+        raise ValueError(f"metric versions differ: {challenger.metric_versions} and {incumbent.metric_versions}")
+    before = {e.example_id: e for e in incumbent.examples}
+
+    def counts(example: ExampleScore) -> bool:
+        other = before.get(example.example_id)
+        wanted = of_set is None or example.tags.get("set") == of_set
+        return wanted and other is not None and metric in example.scores and metric in other.scores
+
+    pairs = [(e.scores[metric], before[e.example_id].scores[metric]) for e in challenger.examples if counts(e)]
+    if not pairs:
+        raise ValueError(f"no example of {split} has {metric} from both candidates")
+    scores = np.asarray(pairs, dtype=float)
+    differences = scores[:, 0] - scores[:, 1]
+    means = _resampled_means(differences, resamples)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Comparison(
+        metric=metric,
+        split=split,
+        examples=len(pairs),
+        challenger_mean=float(scores[:, 0].mean()),
+        incumbent_mean=float(scores[:, 1].mean()),
+        difference=float(differences.mean()),
+        low=float(low),
+        high=float(high),
+        level=level,
+        p_value=float((1 + np.count_nonzero(means <= 0)) / (resamples + 1)),
+    )
+
+
+def _resampled_means(values: np.ndarray, resamples: int) -> np.ndarray:
+    if values.size == 0:
+        raise ValueError("there are no values to resample")
+    rng = np.random.default_rng(_SEED)
+    return values[rng.integers(0, values.size, size=(resamples, values.size))].mean(axis=1)
