@@ -120,7 +120,7 @@ def submit_retrain(path: Path, decision: RetrainDecision, connection: Connection
     )
 
 
-def run(path: Path, *, start: datetime | None = None, end: datetime | None = None, act: bool = True) -> None:
+def run(path: Path, *, start: datetime | None = None, end: datetime | None = None, act: bool = True) -> DriftReport:
     """One check, as the command line and the schedule run it."""
     experiment = Experiment.load(path)
     connection = Workspace().connect(experiment)
@@ -132,6 +132,7 @@ def run(path: Path, *, start: datetime | None = None, end: datetime | None = Non
     if act and decision.action == "retrain":
         new = submit_retrain(path, decision, connection)
         say(f"{'submitted' if new else 'already submitted'} {decision.job_id}")
+    return report
 
 
 if __name__ == "__main__":

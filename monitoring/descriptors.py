@@ -40,7 +40,8 @@ def describe(texts: Sequence[str | None]) -> pd.DataFrame:
     Returns:
         One row a text in the order given, the columns of `DESCRIPTORS`, all of them finite floats.
     """
-    text = pd.Series([t or "" for t in texts], dtype="str")
+    # As Python objects: pandas' Arrow strings would read the patterns with RE2, whose \w knows ASCII alone.
+    text = pd.Series([t or "" for t in texts], dtype="object")
     length = text.str.len().astype(float)
     # Nothing to share out in an empty text: its shares are 0, not undefined.
     safe = length.where(length > 0, 1.0)

@@ -132,7 +132,9 @@ def freeze(folder: Path, *, model: str, version: int, rows: Iterable[Row]) -> Re
     if not kept:
         raise DataError(f"no exchanges to freeze as the reference of {model}/{version}", "answer some first")
     if len({row.id for row in kept}) != len(kept):
-        raise DataError(f"the reference of {model}/{version} has an id twice", "give each exchange its own id")
+        raise DataError(
+            f"the reference of {model}/{version} has an id twice", "give each exchange its own id"
+        )
     reference = Reference(id=_hash(model, version, kept), model=model, version=version, rows=kept)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / REFERENCE_FILE

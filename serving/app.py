@@ -65,7 +65,6 @@ def create_endpoint(settings: EndpointSettings) -> FastAPI:
     return create_app(table, log, max_new_tokens=section.max_new_tokens)
 
 
-@serve.deployment
 @serve.ingress()
 class Endpoint:
     """A replica."""
@@ -73,15 +72,16 @@ class Endpoint:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = EndpointSettings.model_validate(settings)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: N807, PLW3201 - the name is Ray's
-        """Called by Ray after the constructor, in the replica."""
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Ray (the name is its own) after the constructor, in the replica."""
         return create_endpoint(self._settings)
 
 
 def build_app(settings: EndpointSettings) -> Application:
     """Describe the endpoint for Ray Serve, without running it."""
     section = settings.serve
-    deployment = Endpoint.options(
+    deployment = serve.deployment(
+        Endpoint,
         num_replicas=1,
         max_ongoing_requests=section.max_batch + section.max_queued + _HEADROOM,
         ray_actor_options={"num_cpus": section.num_cpus, "num_gpus": section.num_gpus},

@@ -204,15 +204,11 @@ class _Endpoint:
     async def _request(
         self, loaded: Loaded, body: ChatRequest | CompletionRequest, messages: Sequence[Message]
     ) -> GenerationRequest:
-        wanted = body.wanted_tokens or self._max_new_tokens
-        if body.wanted_tokens is None:
-            field = None
+        if body.limit is None:
+            wanted = min(body.default_max_tokens or self._max_new_tokens, self._max_new_tokens)
         else:
-            field = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
-        if wanted > self._max_new_tokens:
-            if field is None or (body.max_tokens is None and isinstance(body, CompletionRequest)):
-                wanted = self._max_new_tokens
-            else:
+            field, wanted = body.limit
+            if wanted > self._max_new_tokens:
                 raise ApiError(
                     400,
                     f"{field} is {wanted}; this endpoint answers with at most {self._max_new_tokens} tokens",

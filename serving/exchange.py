@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class CaptureLog:
-    """The capture store as the endpoint uses it: trouble with the disk is counted, and never fails an answer."""
+    """The capture store as the endpoint uses it: a full disk is counted, and never fails an answer."""
 
     def __init__(self, store: CaptureStore) -> None:
         self._store = store
@@ -53,7 +53,7 @@ class Asked:
 
 
 class Exchange:
-    """Follows one answer. Iterating gives its text; it is captured once, at its end, however that comes about.
+    """Follows one answer. Iterating gives its text; it is captured once, however it ends.
 
     Raises:
         QueueFullError: If the engine takes no more requests.

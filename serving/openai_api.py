@@ -116,9 +116,9 @@ class _Request(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """How many tokens the client asks for at most."""
-        return self.max_tokens or self.default_max_tokens
+    def limit(self) -> tuple[str, int] | None:
+        """The field with which the client bounds the answer, and its value."""
+        return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -177,9 +177,10 @@ class ChatRequest(_Request):
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """How many tokens the client asks for at most."""
-        return self.max_completion_tokens or self.max_tokens
+    def limit(self) -> tuple[str, int] | None:
+        """The field with which the client bounds the answer, and its value; the newer name wins."""
+        newer = self.max_completion_tokens
+        return super().limit if newer is None else ("max_completion_tokens", newer)
 
 
 class CompletionRequest(_Request):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from regraft.config import NAME_PATTERN
+from regraft.errors import ModelError
 from regraft.records import ModelVersion
 from serving.engines.base import Engine, GenerationRequest
 
@@ -34,8 +35,8 @@ class VersionSource(Protocol):
     def by_alias(self, name: str, alias: str, /) -> ModelVersion | None:
         """The version an alias names."""
 
-    def version(self, name: str, version: int, /) -> ModelVersion | None:
-        """One version; None, or a KeyError, if there is none."""
+    def version(self, name: str, version: int, /) -> ModelVersion:
+        """One version; a ModelError if there is none."""
 
     def fetch(self, logged_model_id: str, /) -> Path:
         """A local folder with the files of a logged model."""
@@ -100,6 +101,7 @@ class VersionTable:
         self._champion: Loaded | None = None
         self._failures: dict[int, _Failure] = {}
         self._registry_error: str | None = None
+        self._registry_down = False
         self._loading = asyncio.Lock()
         self._loads: set[asyncio.Task[Loaded]] = set()
         self._unloading: set[asyncio.Task[None]] = set()
@@ -199,15 +201,14 @@ class VersionTable:
             return self._champion.version
         if number in self._loaded:
             return self._loaded[number].version
+        if self._registry_down:  # MLflow's client would go on trying for minutes
+            raise UnavailableError(str(self._registry_error))
         try:
-            version = await asyncio.to_thread(self._source.version, self.name, number)
-        except (KeyError, LookupError):
-            version = None
+            return await asyncio.to_thread(self._source.version, self.name, number)
+        except ModelError as error:
+            raise UnknownModelError(error.problem) from error
         except Exception as error:
             raise UnavailableError(f"the registry does not answer: {_brief(error)}") from error
-        if version is None:
-            raise UnknownModelError(f"there is no version {number} of {self.name!r}")
-        return version
 
     def why_not(self) -> str:
         """Why there is no champion."""
@@ -242,7 +243,9 @@ class VersionTable:
             wanted = await asyncio.to_thread(self._source.by_alias, self.name, CHAMPION)
         except Exception as error:  # whatever the registry's trouble is, what is loaded goes on serving
             self._registry_error = f"the registry does not answer: {_brief(error)}"
+            self._registry_down = True
             return
+        self._registry_down = False
         if wanted is None:
             self._registry_error = f"{self.name!r} has no champion in the registry"
             return

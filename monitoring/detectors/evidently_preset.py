@@ -1,7 +1,7 @@
 """Evidently's column-by-column drift on the form descriptors: advisory, for the report.
 
 Its whole-dataset verdict is not used: by measurement it raises the alarm on most ordinary windows with a
-large reference and on hardly anything with a small one (docs of the project state the figures).
+reference of over 1,000 rows (51-90 % of windows of 50-100), and on hardly anything with a smaller one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from regraft.records import TestResult
 
 
 def column_metrics(columns: Sequence[str], threshold: float) -> list[Any]:
-    """One `ValueDrift` a column: Kolmogorov-Smirnov for all, as its default for categories is anti-conservative."""
+    """One `ValueDrift` a column, Kolmogorov-Smirnov for all: its default for categories false-alarms."""
     os.environ["DO_NOT_TRACK"] = "1"
     from evidently.metrics import ValueDrift
 
@@ -37,13 +37,15 @@ def dataset(frame: pd.DataFrame) -> Any:
 
 def frames(reference: Sequence[Row], window: Sequence[Row]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Descriptors of both sides, without the columns that never vary over the two."""
-    sides = [describe_sides([r.prompt for r in rows], [r.output for r in rows]) for rows in (reference, window)]
+    sides = [
+        describe_sides([r.prompt for r in rows], [r.output for r in rows]) for rows in (reference, window)
+    ]
     varying = [c for c in sides[0] if pd.concat([sides[0][c], sides[1][c]]).nunique() > 1]
     return sides[0][varying], sides[1][varying]
 
 
 class EvidentlyColumns(Detector):
-    """Evidently's test of every descriptor by itself, Bonferroni-adjusted. The effect is a share of columns."""
+    """Evidently's test of every descriptor by itself, Bonferroni-adjusted; the effect is a share of them."""
 
     advisory: ClassVar[bool] = True
     effect_unit: ClassVar[str] = "share of descriptors that Evidently calls drifted"

@@ -40,7 +40,9 @@ class Omnibus(Detector):
     name: Literal["omnibus"] = "omnibus"
     permutations: int = Field(999, ge=199, description="Random labellings; the smallest p is 1/(this + 1).")
     ridge: float = Field(3.0, gt=0, description="Strength of the penalty in the novelty score.")
-    tail: float = Field(0.95, gt=0.5, lt=1, description="The reference's own percentile that answers must pass.")
+    tail: float = Field(
+        0.95, gt=0.5, lt=1, description="The reference's own percentile that answers must pass."
+    )
     examples: int = Field(8, ge=1, description="Exchanges and terms to show.")
     seed: int = 0
 
@@ -89,8 +91,9 @@ class Omnibus(Detector):
         self, groups: dict[str, Floats], adjusted: dict[str, float], effects: dict[str, float]
     ) -> list[TestResult]:
         details = {
-            "novelty": f"effect: the larger of {effects['prompts']:.2f} of prompts that the reference does not "
-            f"account for and {effects['answers']:.2f} of answers beyond its {self.tail:.0%} point, above chance",
+            "novelty": f"effect: the larger of {effects['prompts']:.2f} of prompts that the reference does "
+            f"not account for and {effects['answers']:.2f} of answers beyond its {self.tail:.0%} point, both "
+            "above chance",
             "prompt topics": "effect: squared kernel discrepancy of the prompts",
             "answer topics": "effect: squared kernel discrepancy of the answers",
             "form": "effect: the largest Kolmogorov-Smirnov distance over the descriptors",
@@ -142,7 +145,9 @@ def _drivers(
             order = np.lexsort((np.array([-values[0] for values in form_statistics]), np.array(singles)))
             for i in [int(i) for i in order[:3] if singles[i] < 0.05]:
                 before, now = form.iloc[:reference, i].mean(), form.iloc[reference:, i].mean()
-                found.append(f"{in_words(str(form.columns[i]))}: {before:.3g} on average before, {now:.3g} now")
+                found.append(
+                    f"{in_words(str(form.columns[i]))}: {before:.3g} on average before, {now:.3g} now"
+                )
     if found and terms:
         grown = ", ".join(f"{t.text} ({t.reference_share:.0%} to {t.window_share:.0%})" for t in terms[:5])
         found.append(f"terms that grew: {grown}")

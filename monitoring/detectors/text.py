@@ -27,25 +27,31 @@ def similarities(texts: Sequence[str]) -> Floats:
         texts: The texts of both sides.
 
     Returns:
-        A symmetric matrix; a text without any term that another has too gets 0 with everything, itself
-        included.
+        A symmetric matrix with 1 on its diagonal. Blank texts are like each other and like nothing else.
     """
     count = len(texts)
     blocks = []
-    for settings in ({"ngram_range": (1, 2), "stop_words": "english"}, {"analyzer": "char_wb", "ngram_range": (3, 5)}):
+    for settings in (
+        {"ngram_range": (1, 2), "stop_words": "english"},
+        {"analyzer": "char_wb", "ngram_range": (3, 5)},
+    ):
         # A term of one text alone cannot make two texts alike.
         vectorizer: Any = TfidfVectorizer(sublinear_tf=True, min_df=2, **settings)
         try:
             blocks.append(vectorizer.fit_transform(texts))
         except ValueError:
             continue  # no term is in two texts: all of them empty, or all different
-    if not blocks:
-        return np.zeros((count, count))
-    features = hstack(blocks).tocsr()
-    gram = np.asarray((features @ features.T).todense(), dtype=np.float64)
+    gram = np.zeros((count, count))
+    if blocks:
+        features = hstack(blocks).tocsr()
+        gram = np.asarray((features @ features.T).todense(), dtype=np.float64)
     norms = np.sqrt(np.diag(gram))
     norms[norms == 0] = 1.0
-    return np.asarray(gram / norms[:, None] / norms[None, :], dtype=np.float64)
+    cosine = np.asarray(gram / norms[:, None] / norms[None, :], dtype=np.float64)
+    blank = np.array([not text.strip() for text in texts])
+    cosine[np.ix_(blank, blank)] = 1.0
+    np.fill_diagonal(cosine, 1.0)
+    return cosine
 
 
 def grown_terms(reference: Sequence[str], window: Sequence[str], top: int) -> tuple[Term, ...]:

@@ -69,6 +69,7 @@ class AshaSection(Section):
 
     grace: int = Field(2, ge=1, description="Evaluation points before a trial may be stopped.")
     reduction: float = Field(3.0, gt=1, description="Of those that reach a rung, one in this many goes on.")
+    peers: int = Field(3, ge=1, description="Trials that must have reached a point before one is stopped there.")
 
 
 class SweepSection(Section):
@@ -81,6 +82,9 @@ class SweepSection(Section):
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
     max_gradient_norm: float = Field(1.0, gt=0)
     evaluations: int = Field(4, ge=1, description="Evaluation points over a trial, evenly spread.")
+    loss_examples: int | None = Field(
+        None, ge=1, description="Evaluation loss over at most so many evaluation examples, evenly chosen; all if not given."
+    )
     asha: AshaSection | None = AshaSection()
     samples: int = Field(1, ge=1, description="Draws for each grid point whose method has a range.")
     seed: int = 0

@@ -49,16 +49,15 @@ class CaptureStore:
         line = exchange.model_dump_json().encode() + b"\n"
         with self._lock:
             file = self._current()
+            written = 0
             try:
                 written = os.write(file, line)
+            finally:
                 if written != len(line):
-                    raise OSError(
-                        f"{self.folder}: only {written} of {len(line)} bytes of a capture were written"
-                    )
-            except OSError:
-                # What was written is a torn line, which is only tolerable as the last one of its file.
-                self._release()
-                raise
+                    # The file may end in a torn line now, which is tolerable only as its last.
+                    self._release()
+        if written != len(line):
+            raise OSError(f"{self.folder}: only {written} of {len(line)} bytes of a capture were written")
 
     def close(self) -> None:
         """Close the file being written; a later append opens another."""

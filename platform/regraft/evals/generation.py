@@ -76,16 +76,15 @@ def measure_speed(
     max_new_tokens: int,
     threads: int,
 ) -> Speed:
-    """Answer a few prompts one by one and time them, the first one twice (its first time is a warm-up)."""
+    """Answer a few prompts one by one, after a short warm-up, and time them."""
     latencies, first, tokens = [], [], 0
     with contiguous_head(model):
-        for index, prompt in enumerate([prompts[0], *prompts]):
+        _generate_batch(model, tokenizer, [prompts[0]], max_new_tokens=2)
+        for prompt in prompts:
             clock = _FirstToken()
             started = time.perf_counter()
             new = _generate_batch(model, tokenizer, [prompt], max_new_tokens, streamer=clock)
             seconds = time.perf_counter() - started
-            if index == 0:
-                continue
             latencies.append(seconds * 1000)
             first.append((clock.first - started) * 1000)
             tokens += len(new[0])

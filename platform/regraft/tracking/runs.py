@@ -136,16 +136,33 @@ class Tracker:
 
     @guarded
     def close_trial(
-        self, sweep_id: str, key: str, *, status: Literal["stopped", "failed"], reason: str
-    ) -> None:
+        self, sweep_id: str, key: str, *, status: Literal["stopped", "failed"], reason: str, result: TrialResult | None = None
+    ) -> str | None:
         """End the run of a trial that could not do so itself, such as one that the scheduler killed.
 
         Does nothing if the run has ended, or was never made.
+
+        Args:
+            sweep_id: The sweep.
+            key: The trial.
+            status: What became of it.
+            reason: Why, in words.
+            result: What is known of it, to be kept as its record.
+
+        Returns:
+            The id of the trial's newest run, if it has one.
         """
+        newest = None
         for run in self._search({"role": "trial", "sweep": sweep_id, "trial_key": key}):
+            run_id: str = run.info.run_id
+            newest = newest or run_id
             if run.info.status == "RUNNING":
-                self._client.log_batch(run.info.run_id, tags=end_tags(status, reason))
-                self._client.set_terminated(run.info.run_id, "FAILED" if status == "failed" else "FINISHED")
+                if result is not None:
+                    record = result.model_copy(update={"run_id": run_id})
+                    self._client.log_text(run_id, to_json(record), RESULT_FILE)
+                self._client.log_batch(run_id, tags=end_tags(status, reason))
+                self._client.set_terminated(run_id, "FAILED" if status == "failed" else "FINISHED")
+        return newest
 
     @guarded
     def find_trial(self, key: str) -> TrialResult | None:

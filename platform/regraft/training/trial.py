@@ -28,6 +28,8 @@ from regraft.training.memory import peak_gib, require_memory, reset_peak
 #: Raised whenever a change to training or evaluation makes earlier trials incomparable.
 TRIAL_VERSION = 1
 
+STOPPED_REASON = "stopped early: others did better at the same point"
+
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -54,7 +56,7 @@ class TrialSpec(Record):
     def key(self) -> str:
         """Hash of what decides the result. A finished trial with this key is never run again."""
         decisive = {"epochs", "tokens_per_batch", "max_length", "warmup_fraction", "max_gradient_norm", "seed"}
-        decisive |= {"workers_per_trial", "evaluations"}
+        decisive |= {"workers_per_trial", "evaluations", "loss_examples"}
         return content_hash(
             {
                 "version": TRIAL_VERSION,
@@ -65,6 +67,12 @@ class TrialSpec(Record):
                 "evaluate": self.evaluate.model_dump(mode="json"),
             }
         )
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What people compare trials by: `method`, its fields, and the base model."""
+        fields = {("method" if k == "name" else k): v for k, v in self.method.items()}
+        return fields | {"base_model": self.model.source, "base_revision": self.base_revision}
 
     @property
     def points(self) -> int:
@@ -95,13 +103,13 @@ def run_trial(
     tracker = Tracker(spec.tracking_uri, spec.experiment)
     run = None
     if workers.rank == 0:
-        params = {**spec.method, **spec.sweep.model_dump(mode="json", include={"epochs", "tokens_per_batch", "seed"})}
+        params = spec.params | spec.sweep.model_dump(mode="json", include={"epochs", "tokens_per_batch", "seed"})
         run = tracker.start_trial(
             spec.sweep_run_id,
             sweep_id=spec.sweep_id,
             key=spec.key,
             label=spec.parsed.label,
-            params=params | {"base_model": spec.model.source, "base_revision": spec.base_revision},
+            params=params,
             dataset=dataset,
         )
     attempt = _Attempt(spec, dataset, run, report, bases, workers)
@@ -112,7 +120,7 @@ def run_trial(
         report({"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": error.problem})
         return
     except (SystemExit, KeyboardInterrupt):
-        _record(run, attempt.result("stopped", "stopped early: others did better at the same point"))
+        _record(run, attempt.result("stopped", STOPPED_REASON))
         raise
     except Exception as error:
         if _is_out_of_memory(error):
@@ -157,7 +165,9 @@ class _Attempt:
         require_memory(method, base_model.path, spec.model.dtype, self.device, spec.sweep.trial_memory_gib)
         tokenizer = load_tokenizer(base_model.path)
         examples = union_of_evaluations(self.dataset)
-        held_out = [encode(tokenizer, e, spec.sweep.max_length) for e in examples]
+        # Evenly over the sets, which follow one another.
+        stride = max(1, -(-len(examples) // (spec.sweep.loss_examples or len(examples))))
+        held_out = [encode(tokenizer, e, spec.sweep.max_length) for e in examples[::stride]]
         base = self.bases.take(method, base_model.path, spec.model.dtype, self.device)
         model = method.apply(base)
         pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
@@ -209,9 +219,8 @@ class _Attempt:
                 self.cost = self.cost.model_copy(update={"adapter_bytes": size})
                 if self.run is not None:
                     step = self.points[-1].step if self.points else 0
-                    params = {**spec.method, "base_model": spec.model.source, "base_revision": spec.base_revision}
                     name = method.label.replace(" ", "-").replace("=", "").replace(".", "_")
-                    model_id = self.run.log_adapter(kept, name=name, params=params, step=step)
+                    model_id = self.run.log_adapter(kept, name=name, params=spec.params, step=step)
         # Peak memory is of training and of answering: whatever was higher.
         self.cost = self.cost.model_copy(update={"memory_peak_gib": peak_gib(self.device)})
         if method.kind != "full":

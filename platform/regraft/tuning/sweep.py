@@ -7,8 +7,10 @@ trial leaks its workers' placement group.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import ray
 from ray import tune
@@ -16,10 +18,10 @@ from ray import tune
 from regraft.config import Experiment
 from regraft.errors import InfeasibleTrialError, RegraftError, ServiceError
 from regraft.models import resolve
-from regraft.records import DatasetVersion, TrialResult
+from regraft.records import Cost, DatasetVersion, TrialResult
 from regraft.tracking.runs import Tracker
 from regraft.training.candidate import BaseCache
-from regraft.training.trial import TrialSpec, run_trial
+from regraft.training.trial import STOPPED_REASON, TrialSpec, run_trial
 from regraft.tuning.plan import SweepPlan, by_ray_train, plan_sweep
 
 #: Clean bases of this process: a reused trial actor finds here what its last trial gave back.
@@ -74,10 +76,13 @@ def run_sweep(
     for result in plan.finished.values():
         say(f"found {result.label}: {result.status}, not run again")
     remaining = [s.model_copy(update={"sweep_run_id": run_id}) for s in plan.remaining]
+    killed: dict[str, TrialResult] = {}
     if remaining:
         say(f"running {len(remaining)} trials of {len(plan.specs)}")
-        _tune(experiment, dataset, remaining, storage, tracker, say)
-    results = tuple(r for s in plan.specs if (r := tracker.find_trial(s.key)) is not None)
+        killed = _tune(experiment, dataset, remaining, storage, tracker, say)
+    results = tuple(
+        r for s in plan.specs if (r := plan.finished.get(s.key) or tracker.find_trial(s.key) or killed.get(s.key))
+    )
     if not any(r.status == "completed" for r in results):
         reasons = "\n".join(f"  {r.label}: {r.status}: {r.reason}" for r in results) or "  none left a record"
         raise NothingCompletedError(f"no trial completed:\n{reasons}", "see the runs in MLflow; mend the cause and start again")
@@ -91,12 +96,15 @@ def _tune(
     storage: str,
     tracker: Tracker,
     say: Say,
-) -> None:
+) -> dict[str, TrialResult]:
+    """Run trials; gives the records of those that could not write their own."""
     sweep = experiment.sweep
+    progress = _Progress(tracker, specs, say)
     concurrent = _concurrency(experiment)
     scheduler = None
     if sweep.asha is not None:
-        scheduler = tune.schedulers.ASHAScheduler(
+        scheduler = _PatientASHA(
+            sweep.asha.peers,
             time_attr="point",
             max_t=specs[0].points + 1,  # reaching it would end a trial before its last report is written
             grace_period=sweep.asha.grace,
@@ -124,11 +132,12 @@ def _tune(
             name=f"{specs[0].sweep_id}-{ray.get_runtime_context().get_job_id()}",
             storage_path=storage,
             verbose=0,
-            callbacks=[_Progress(tracker, specs, say)],
+            callbacks=[progress],
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
     tuner.fit()
+    return progress.records
 
 
 def _in_order(specs: list[TrialSpec], experiment: Experiment) -> list[TrialSpec]:
@@ -158,7 +167,8 @@ def _concurrency(experiment: Experiment) -> int:
 
 def _resources(config: dict[str, Any], experiment: Experiment) -> tune.PlacementGroupFactory:
     if config["arm"]["train"]:
-        return tune.PlacementGroupFactory([{"CPU": 0}])  # a driver: the workers take what they need
+        # A driver: its workers take the cores. Any fraction of a core here would be missing there.
+        return tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
     bundle = {"CPU": experiment.sweep.cpus_per_trial}
     if experiment.sweep.gpus_per_trial:
         bundle["GPU"] = experiment.sweep.gpus_per_trial
@@ -186,18 +196,40 @@ def _trial(config: dict[str, Any], dataset_ref: list[Any]) -> None:
     run_trial(spec, ray.get(dataset_ref[0]), report=lambda m: tune.report(m), bases=_BASES)
 
 
+class _PatientASHA(tune.schedulers.ASHAScheduler):  # type: ignore[misc]
+    """ASHA that stops nobody at a point before enough trials have reached it.
+
+    Plain ASHA holds the second trial that reaches a rung against the first alone: with few trials it would
+    stop whatever is not the best so far.
+    """
+
+    def __init__(self, peers: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._peers = peers
+        self._reached: dict[int, set[str]] = {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        reached = self._reached.setdefault(int(result["point"]), set())
+        reached.add(trial.trial_id)
+        return self.CONTINUE if decision == self.STOP and len(reached) < self._peers else decision
+
+
 class _Progress(tune.Callback):  # type: ignore[misc]
-    """Driver side: says how far each trial is, and closes the run of one that was killed from outside."""
+    """Driver side: says how far each trial is, and records one that was killed before it could do so."""
 
     def __init__(self, tracker: Tracker, specs: list[TrialSpec], say: Say) -> None:
         self._tracker, self._say = tracker, say
         self._total, self._done = len(specs), 0
+        self._started: dict[str, float] = {}
+        self.records: dict[str, TrialResult] = {}
 
     @staticmethod
     def _spec(trial: Any) -> TrialSpec:
         return TrialSpec.model_validate(trial.config["arm"]["spec"])
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._started[trial.trial_id] = time.monotonic()
         self._say(f"started {self._spec(trial).parsed.label}")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
@@ -208,26 +240,46 @@ class _Progress(tune.Callback):  # type: ignore[misc]
             )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        spec, last = self._spec(trial), trial.last_result or {}
-        status = str(last.get("status", "stopped"))
+        last = trial.last_result or {}
+        status = str(last.get("status", "training"))
         if status == "training":
             status = "stopped"
-            reason = "stopped early: others did better at the same point"
-            self._tracker.close_trial(spec.sweep_id, spec.key, status="stopped", reason=reason)
-        self._done += 1
-        self._say(f"{status} {spec.parsed.label} ({self._done}/{self._total}) {last.get('reason', '')}".rstrip())
+            self._record(trial, "stopped", STOPPED_REASON)
+        self._end(trial, status, str(last.get("reason", "")))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        spec = self._spec(trial)
         reason = (trial.error_file and _last_line(trial.error_file)) or "the trial's process died"
-        self._tracker.close_trial(spec.sweep_id, spec.key, status="failed", reason=reason)
+        self._record(trial, "failed", reason)
+        self._end(trial, "failed", reason)
+
+    def _end(self, trial: Any, status: str, reason: str) -> None:
         self._done += 1
-        self._say(f"failed {spec.parsed.label} ({self._done}/{self._total}): {reason}")
+        took = time.monotonic() - self._started.get(trial.trial_id, time.monotonic())
+        words = f"{status} {self._spec(trial).parsed.label} in {took:.0f} s ({self._done}/{self._total})"
+        self._say(f"{words}: {reason}" if reason else words)
+
+    def _record(self, trial: Any, status: Literal["stopped", "failed"], reason: str) -> None:
+        """Close the run of a trial whose process is gone; an inline trial has done so itself."""
+        spec, last = self._spec(trial), trial.last_result or {}
+        record = TrialResult(
+            key=spec.key,
+            sweep_id=spec.sweep_id,
+            run_id="",
+            label=spec.parsed.label,
+            method=spec.method,
+            base_model=spec.model.source,
+            base_revision=spec.base_revision,
+            dataset_id=spec.dataset_id,
+            status=status,
+            reason=reason,
+            eval_loss=last.get("eval_loss"),
+            cost=Cost(train_seconds=float(last.get("time_total_s", 0.0))),
+        )
+        run_id = self._tracker.close_trial(spec.sweep_id, spec.key, status=status, reason=reason, result=record)
+        self.records[spec.key] = record.model_copy(update={"run_id": run_id or ""})
 
 
 def _last_line(file: str) -> str:
-    from pathlib import Path
-
     lines = [line for line in Path(file).read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
 

@@ -1,0 +1,189 @@
+"""The command line: `regraft`. Heavy imports happen inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regraft.errors import RegraftError
+
+app = typer.Typer(
+    name="regraft",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Fine-tune language models continuously.
+
+One YAML describes an experiment: base model, data, methods to try, how to choose, serve, watch and retrain.
+Start with `regraft quickstart`, which runs the whole loop on the bundled example, then point the same
+commands at your own folder.
+
+`sweep` trains and chooses · `serve` answers · `drift` watches · `retrain` mends · `up` keeps it all running.
+""",
+)
+EXAMPLE = Path("examples/utility-support")
+ExperimentPath = Annotated[
+    Path, typer.Argument(help="A regraft.yaml, or the folder that holds one.", show_default=True)
+]
+
+
+@app.command()
+def quickstart(path: ExperimentPath = EXAMPLE) -> None:
+    """Run the whole loop, from data to a retrained, served model.
+
+    Starts MLflow and a local Ray cluster, sweeps the methods, registers and serves the winner, replays an
+    ordinary week and a storm week, detects the drift, retrains, and swaps the champion. Ends everything it
+    started. Run again, it finds what is finished.
+    """
+    from jobs.quickstart import run
+
+    run(path)
+
+
+@app.command()
+def check(path: ExperimentPath = EXAMPLE) -> None:
+    """Validate an experiment whole and print what it would do, without starting anything."""
+    from jobs.check import run
+
+    run(path)
+
+
+@app.command()
+def sweep(
+    path: ExperimentPath = EXAMPLE,
+    promote: Annotated[bool, typer.Option(help="Put the winner before the gate.")] = True,
+) -> None:
+    """Try the methods, rank them, and promote the winner if it beats the champion (or the control).
+
+    Finished trials are found in MLflow and not run again. On a cluster, submit the same as a job:
+
+    `ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/sweep.py PATH`
+    """
+    from jobs.sweep import run
+
+    run(path, promote=promote)
+
+
+@app.command()
+def serve(path: ExperimentPath = EXAMPLE) -> None:
+    """Serve the champion behind an OpenAI-compatible API until interrupted."""
+    from jobs.serve import run
+
+    run(path)
+
+
+@app.command()
+def drift(
+    path: ExperimentPath = EXAMPLE,
+    start: Annotated[datetime | None, typer.Option(help="Exchanges from here on (UTC).")] = None,
+    end: Annotated[datetime | None, typer.Option(help="Exchanges before here (UTC).")] = None,
+    act: Annotated[bool, typer.Option(help="Submit the retraining job that an alarm decides on.")] = True,
+) -> None:
+    """Compare captured exchanges with the champion's frozen reference; report and decide.
+
+    The services must be running (`regraft up`, or a cluster named in the YAML).
+    """
+    from datetime import UTC
+
+    from jobs.check_drift import run
+
+    run(
+        path,
+        start=start.replace(tzinfo=UTC) if start else None,
+        end=end.replace(tzinfo=UTC) if end else None,
+        act=act,
+    )
+
+
+@app.command()
+def retrain(
+    path: Annotated[Path, typer.Argument(help="A regraft.yaml, or the folder that holds one.")],
+    decision: Annotated[str, typer.Argument(help="Id of a decision that `regraft drift` recorded.")],
+) -> None:
+    """Carry out a retraining decision here and now; normally a Ray job does."""
+    from jobs.retrain import run
+
+    run(path, decision)
+
+
+@app.command()
+def rollback(path: ExperimentPath, version: Annotated[int, typer.Argument(help="The version to go back to.")]) -> None:
+    """Point the champion alias to an earlier version; the endpoint follows."""
+    from jobs.rollback import run
+
+    run(path, version)
+
+
+@app.command()
+def up(path: ExperimentPath = EXAMPLE) -> None:
+    """Bring MLflow, Ray, the endpoint and the monitor up, print their URLs, and leave them running."""
+    from jobs.up import up as run
+
+    run(path)
+
+
+@app.command()
+def down() -> None:
+    """End what `up` started."""
+    from jobs.up import down as run
+
+    run()
+
+
+monitor_app = typer.Typer(no_args_is_help=True, help="The drift monitor.")
+app.add_typer(monitor_app, name="monitor")
+
+
+@monitor_app.command("run")
+def monitor_run(path: ExperimentPath = EXAMPLE) -> None:
+    """Check for drift every `monitor.every_seconds`, until interrupted; alarms become retraining jobs."""
+    from jobs.up import monitor as run
+
+    run(path)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from regraft import __version__
+
+        typer.echo(f"regraft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; an error that a user can mend is printed without a traceback, with status 2."""
+    _guarded(app)
+
+
+def run_script(work: Callable[[], object], usage: str, *, arguments: int) -> None:
+    """Run a stage as a script, with the same treatment of errors."""
+    if len(sys.argv) != arguments + 1 or {"-h", "--help"} & set(sys.argv[1:]):
+        sys.stdout.write(f"usage: {usage}\n")
+        sys.exit(0 if {"-h", "--help"} & set(sys.argv[1:]) else 2)
+    _guarded(work)
+
+
+def _guarded(work: Callable[[], object]) -> None:
+    try:
+        work()
+    except RegraftError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

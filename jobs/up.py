@@ -1,0 +1,94 @@
+"""Everything up, and down again; and the monitor that `up` leaves running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from jobs.check_drift import run as check_once
+from jobs.console import console, say
+from jobs.quickstart import check_ports
+from jobs.serve import serve
+from jobs.workspace import Service, Workspace
+from regraft.cluster import local
+from regraft.config import Experiment
+from regraft.errors import RegraftError
+
+
+def up(path: Path) -> None:
+    """Start MLflow, Ray, the endpoint and the monitor, and leave them running.
+
+    Without a champion the endpoint and the monitor wait for a sweep: the rest comes up.
+    """
+    path = path / "regraft.yaml" if path.is_dir() else path
+    experiment = Experiment.load(path)
+    workspace = Workspace()
+    check_ports(experiment, workspace)
+    services = workspace.start(experiment, say)
+    connection = workspace.connect(experiment)
+    local.join(connection.ray_address)
+    lines = [f"MLflow    {connection.tracker(experiment).leaderboard_url()}"]
+    if services.ray:
+        lines.append(f"Ray       {services.ray.url}")
+    if connection.registry.by_alias(experiment.name, "champion") is None:
+        lines.append("endpoint  not up: there is no champion yet; run `regraft sweep`, then `regraft up` again")
+    else:
+        lines.append(f"endpoint  {serve(experiment, connection)}/v1")
+        if services.monitor is None:
+            services = services.model_copy(update={"monitor": _start_monitor(path, workspace)})
+            workspace.save(services)
+        lines.append(f"monitor   checks every {experiment.monitor.every_seconds:g} s, log {workspace.root / 'monitor.log'}")
+    lines.append("`regraft down` ends them")
+    console.print("\n".join(lines), markup=False)
+
+
+def _start_monitor(path: Path, workspace: Workspace) -> Service:
+    with (workspace.root / "monitor.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.cli", "monitor", "run", str(path.resolve())],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "REGRAFT_WORKSPACE": str(workspace.root)},
+        )
+    started = psutil.Process(process.pid).create_time()
+    return Service(pid=process.pid, started=started, url="")
+
+
+def down() -> None:
+    """End this workspace's services."""
+    ended = Workspace().stop()
+    say(f"ended {', '.join(ended)}" if ended else "nothing was running")
+
+
+def monitor(path: Path) -> None:
+    """Check each new window of exchanges, until SIGTERM or an interrupt."""
+    from monitoring.schedule import run_forever
+
+    experiment = Experiment.load(path)
+    stop = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stop.set())
+    since = datetime.now(UTC)
+
+    def check() -> None:
+        nonlocal since
+        until = datetime.now(UTC)
+        try:
+            report = check_once(path, start=since, end=until)
+        except RegraftError as error:
+            say(f"not checked: {error}")  # the window stays open: the next check takes these exchanges too
+            return
+        if report.status != "insufficient":
+            since = until
+
+    say(f"watching {experiment.name} every {experiment.monitor.every_seconds:g} s")
+    run_forever(check, experiment.monitor.every_seconds, stop)

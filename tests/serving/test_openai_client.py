@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import openai
+import pytest
+
+from regraft.data.captures import CaptureStore
+from serving.endpoint import MAX_BODY, create_app
+from serving.engines.base import EngineLimits
+from serving.exchange import CaptureLog
+from serving.loading import load_engine
+from serving.router import VersionTable
+
+CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+
+
+class Ends(CaptureLog):
+    """A capture log that tells when something was captured."""
+
+    def __init__(self, store: CaptureStore) -> None:
+        super().__init__(store)
+        self.happened = threading.Semaphore(0)
+
+    def append(self, exchange: Any) -> None:
+        super().append(exchange)
+        self.happened.release()
+
+
+class Here(NamedTuple):
+    url: str
+    client: openai.OpenAI
+    store: CaptureStore
+    registry: Any
+    log: Ends
+    gate: threading.Event
+
+
+@pytest.fixture(scope="module")
+def here(  # noqa: PLR0917
+    base_folder: Path,
+    adapters: dict[str, Path],
+    method_settings: dict[str, dict[str, object]],
+    make_version: Any,
+    make_registry: Any,
+    serve_app: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Here]:
+    """The endpoint over real engines: version 1 is prompt tuning and the champion, version 2 LoRA."""
+    kinds = {1: "prompt_tuning", 2: "lora"}
+    versions = [make_version(n, base_folder, method_settings[kind]) for n, kind in kinds.items()]
+    registry = make_registry(*versions, folders={n: adapters[kind] for n, kind in kinds.items()})
+    gate = threading.Event()
+    gate.set()
+
+    def held(*_: Any) -> None:
+        gate.wait(60)
+
+    def load(version: Any, folder: Path) -> Any:
+        limits = EngineLimits(max_batch=4, max_queued=2)
+        engine = load_engine(version, folder, dtype="float32", device="cpu", limits=limits)
+        engine._base.register_forward_pre_hook(held)  # type: ignore[attr-defined]
+        return engine
+
+    store = CaptureStore(tmp_path_factory.mktemp("captures"))
+    log = Ends(store)
+    table = VersionTable(registry, load, name="support", poll_seconds=0.05)
+    server: AbstractContextManager[str] = serve_app(create_app(table, log, max_new_tokens=64))
+    with server as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=60)
+        health = httpx.get(f"{url}/health")
+        assert health.status_code == 503 and "no champion" in health.json()["reason"]
+        with pytest.raises(openai.InternalServerError) as unavailable:
+            client.chat.completions.create(model="support", messages=CHAT)
+        assert unavailable.value.status_code == 503
+        assert client.models.list().data == []
+        registry.champion = 1
+        waiting = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=50, timeout=60)
+        waiting.chat.completions.create(model="support", messages=CHAT, max_tokens=1)
+        assert log.happened.acquire(timeout=30)
+        yield Here(url, client, store, registry, log, gate)
+        gate.set()
+
+
+@pytest.fixture(autouse=True)
+def _afresh(here: Here) -> Iterator[None]:
+    while here.log.happened.acquire(blocking=False):
+        pass
+    yield
+    here.gate.set()
+
+
+def test_chat_and_stream_say_the_same_and_are_captured(here: Here) -> None:
+    raw = here.client.chat.completions.with_raw_response.create(
+        model="support", messages=CHAT, max_tokens=20, user="session-1"
+    )
+    whole = raw.parse()
+    text = whole.choices[0].message.content
+    assert whole.model == raw.headers["x-regraft-version"] == "support/1"
+    assert whole.usage is not None and whole.usage.completion_tokens == 20
+    assert whole.choices[0].finish_reason == "length"
+    chunks = list(
+        here.client.chat.completions.create(
+            model="support@champion",
+            messages=CHAT,
+            max_completion_tokens=20,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+    assert len({c.id for c in chunks}) == 1 and {c.model for c in chunks} == {"support/1"}
+    captured = {e.id: e for e in here.store.read()}
+    one, two = captured[whole.id], captured[chunks[0].id]
+    assert (one.output, one.session, one.stream, one.model, one.model_version) == (
+        text,
+        "session-1",
+        False,
+        "support",
+        1,
+    )
+    assert (two.output, two.stream, two.finish_reason, two.completion_tokens) == (text, True, "length", 20)
+    assert one.prompt_text == "Hello" and one.first_token_ms is not None
+    assert one.first_token_ms <= one.latency_ms
+    assert one.parameters == {"max_tokens": 20}
+
+
+def test_content_parts_seed_and_stop(here: Here) -> None:
+    parts: Any = [
+        {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}
+    ]
+    plain: Any = [{"role": "user", "content": "Hello"}]
+    create = here.client.chat.completions.create
+    one = create(model="support", messages=parts, max_tokens=12).choices[0].message.content
+    two = create(model="support", messages=plain, max_tokens=12).choices[0].message.content
+    assert one == two
+    draws = [create(model="support", messages=plain, max_tokens=12, temperature=1, seed=4) for _ in range(2)]
+    assert draws[0].choices[0].message.content == draws[1].choices[0].message.content
+    assert one is not None
+    cut = create(model="support", messages=plain, max_tokens=12, stop=[one[3:5]])
+    assert cut.choices[0].message.content == one[: one.find(one[3:5])]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_completions_of_one_prompt_and_of_several(here: Here) -> None:
+    single = here.client.completions.create(model="support", prompt="The meter")
+    assert single.object == "text_completion"
+    assert single.usage is not None and single.usage.completion_tokens == 16
+    several = here.client.completions.create(model="support", prompt=["The meter", "a"], max_tokens=5)
+    assert [c.index for c in several.choices] == [0, 1]
+    assert single.choices[0].text.startswith(several.choices[0].text)
+    streamed = list(
+        here.client.completions.create(model="support", prompt=["The meter", "a"], max_tokens=5, stream=True)
+    )
+    for index in (0, 1):
+        text = "".join(c.choices[0].text for c in streamed if c.choices[0].index == index)
+        assert text == several.choices[index].text
+
+
+def test_pinned_version_and_models(here: Here) -> None:
+    pinned = here.client.chat.completions.create(model="support/2", messages=CHAT, max_tokens=12)
+    champion = here.client.chat.completions.create(model="support", messages=CHAT, max_tokens=12)
+    assert (pinned.model, champion.model) == ("support/2", "support/1")
+    assert pinned.choices[0].message.content != champion.choices[0].message.content
+    ids = [m.id for m in here.client.models.list().data]
+    assert ids == ["support", "support@champion", "support/1", "support/2"]
+    assert here.client.models.retrieve("support/2").id == "support/2"
+    with pytest.raises(openai.NotFoundError):
+        here.client.models.retrieve("support/77")
+    health = httpx.get(f"{here.url}/health")
+    assert health.status_code == 200
+    assert {e["id"]: e["role"] for e in health.json()["loaded"]} == {
+        "support/1": "champion",
+        "support/2": "pinned",
+    }
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"logprobs": True}, "logprobs"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"extra_body": {"prompt_embeds": "AAAA"}}, "prompt_embeds"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 65}, "max_tokens"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages.0"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "word " * 400}]}, "messages"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(here: Here, extra: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        here.client.chat.completions.create(**{"model": "support", "messages": CHAT, **extra})
+    assert error.value.param == param
+    assert param.split(".", maxsplit=1)[0] in error.value.message
+
+
+def test_neutral_values_are_accepted(here: Here) -> None:
+    answer = here.client.chat.completions.create(
+        model="support", messages=CHAT, max_tokens=1, n=1, presence_penalty=0, logprobs=False, logit_bias=None
+    )
+    assert answer.choices
+
+
+def test_unknown_model_bad_json_large_body(here: Here) -> None:
+    for model in ("nope", "support/99", "support/../../etc"):
+        with pytest.raises(openai.NotFoundError) as error:
+            here.client.chat.completions.create(model=model, messages=CHAT)
+        assert error.value.code == "model_not_found"
+    url = f"{here.url}/v1/chat/completions"
+    assert httpx.post(url, content=b"{not json").json()["error"]["type"] == "invalid_request_error"
+    large = httpx.post(url, content=b" " * (MAX_BODY + 1))
+    assert large.status_code == 413 and large.json()["error"]["code"] == "body_too_large"
+    assert "error" in httpx.get(f"{here.url}/nothing").json()
+    assert httpx.get(f"{here.url}/openapi.json").status_code == 200
+
+
+def test_full_queue_is_429_and_a_client_that_leaves_is_captured(here: Here) -> None:
+    before = {e.id for e in here.store.read()}
+    here.gate.clear()
+    body = {"model": "support", "messages": CHAT, "max_tokens": 30}
+    left = threading.Barrier(7)
+
+    def leave() -> None:
+        try:
+            httpx.post(f"{here.url}/v1/chat/completions", json=body, timeout=2)
+        except httpx.TimeoutException:
+            left.wait(60)
+
+    threads = [threading.Thread(target=leave) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    left.wait(60)
+    for _ in range(6):
+        assert here.log.happened.acquire(timeout=30)
+    gone = [e for e in here.store.read() if e.id not in before]
+    assert [e.finish_reason for e in gone] == ["aborted"] * 6
+    assert all(e.output == "" and e.first_token_ms is None for e in gone)
+    with pytest.raises(openai.RateLimitError) as full:
+        here.client.completions.create(model="support", prompt=["x"] * 7)
+    assert full.value.response.headers["retry-after"] == "1"
+    here.gate.set()
+    assert here.client.completions.create(model="support", prompt="x", max_tokens=2).choices
+    assert all(e["requests"] == 0 for e in httpx.get(f"{here.url}/health").json()["loaded"])
+
+
+def test_a_stream_that_is_left_is_captured_as_aborted(here: Here) -> None:
+    before = {e.id for e in here.store.read()}
+    with here.client.chat.completions.create(
+        model="support", messages=CHAT, max_tokens=64, stream=True
+    ) as stream:
+        for chunk in stream:
+            if chunk.choices[0].delta.content:
+                here.gate.clear()
+                break
+    assert here.log.happened.acquire(timeout=30)
+    here.gate.set()
+    (gone,) = [e for e in here.store.read() if e.id not in before]
+    assert gone.finish_reason == "aborted" and gone.stream and gone.output
