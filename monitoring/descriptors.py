@@ -46,7 +46,7 @@ def describe(texts: Sequence[str | None]) -> pd.DataFrame:
     # Nothing to share out in an empty text: its shares are 0, not undefined.
     safe = length.where(length > 0, 1.0)
     split = text.str.lower().str.split()
-    words = split.str.len().astype(float)
+    words = split.map(len).astype(float)
     ends = text.str.count(r"[.!?]+(?:\s|$)").astype(float)
     data = [t.encode() for t in text]
     frame = pd.DataFrame(

@@ -142,8 +142,12 @@ def _drivers(
         found.append(f"{_WORDS[name]} (adjusted p {p:.3f})")
         if name == "form":
             singles = [float(perm.p_values(values)[0]) for values in form_statistics]
-            order = np.lexsort((np.array([-values[0] for values in form_statistics]), np.array(singles)))
-            for i in [int(i) for i in order[:3] if singles[i] < 0.05]:
+            # Rates of empty answers and refusals say more than the averages that they drag along.
+            rate = [str(column).endswith(("_empty", "_refusal")) for column in form]
+            order = sorted(
+                range(len(singles)), key=lambda i: (singles[i], not rate[i], -float(form_statistics[i][0]))
+            )
+            for i in [i for i in order[:3] if singles[i] < 0.05]:
                 before, now = form.iloc[:reference, i].mean(), form.iloc[reference:, i].mean()
                 found.append(
                     f"{in_words(str(form.columns[i]))}: {before:.3g} on average before, {now:.3g} now"

@@ -121,7 +121,8 @@ def test_the_endpoint_on_ray_serve_follows_the_alias(  # noqa: PLR0917
             client.chat.completions.create(model="support/9", messages=chat)
 
         registry.set_alias("support", CHAMPION, two)
-        deadline, served = time.monotonic() + 60, []
+        deadline = time.monotonic() + 60
+        served: list[str] = []
         while "support/2" not in served:
             assert time.monotonic() < deadline, served
             answer = client.chat.completions.create(model="support", messages=chat, max_tokens=8)
