@@ -24,11 +24,16 @@ def run(path: Path) -> None:
             read_chats(file)
     base = resolve(experiment.model.source, experiment.model.revision, say)
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in dataset.splits.items())
-    console.print(f"{experiment.name}: base {base.source} ({base.revision}); dataset {dataset.id}: {counts}", markup=False)
+    console.print(
+        f"{experiment.name}: base {base.source} ({base.revision}); dataset {dataset.id}: {counts}",
+        markup=False,
+    )
     table = Table(title="Trials")
     for name in ("trial", "runs", "memory"):
         table.add_column(name)
     for row in describe(experiment, base.path):
         table.add_row(*row)
     console.print(table)
-    console.print(f"chosen by {experiment.select.maximise}; served at {experiment.serve.host}:{experiment.serve.port}")
+    console.print(
+        f"chosen by {experiment.select.maximise}; served at {experiment.serve.host}:{experiment.serve.port}"
+    )

@@ -103,7 +103,9 @@ def submit_retrain(path: Path, decision: RetrainDecision, connection: Connection
     from regraft.cluster.jobs import submit_once
 
     if decision.job_id is None:
-        raise DataError(f"decision {decision.id} is {decision.action!r} and has no job", "only 'retrain' becomes a job")
+        raise DataError(
+            f"decision {decision.id} is {decision.action!r} and has no job", "only 'retrain' becomes a job"
+        )
     if connection.jobs_url is None:
         raise ServiceError("cluster.jobs: no job server is known", "set cluster.jobs to http://<head>:8265")
     return submit_once(
@@ -120,7 +122,9 @@ def submit_retrain(path: Path, decision: RetrainDecision, connection: Connection
     )
 
 
-def run(path: Path, *, start: datetime | None = None, end: datetime | None = None, act: bool = True) -> DriftReport:
+def run(
+    path: Path, *, start: datetime | None = None, end: datetime | None = None, act: bool = True
+) -> DriftReport:
     """One check, as the command line and the schedule run it."""
     experiment = Experiment.load(path)
     connection = Workspace().connect(experiment)

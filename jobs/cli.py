@@ -113,7 +113,9 @@ def retrain(
 
 
 @app.command()
-def rollback(path: ExperimentPath, version: Annotated[int, typer.Argument(help="The version to go back to.")]) -> None:
+def rollback(
+    path: ExperimentPath, version: Annotated[int, typer.Argument(help="The version to go back to.")]
+) -> None:
     """Point the champion alias to an earlier version; the endpoint follows."""
     from jobs.rollback import run
 
@@ -158,7 +160,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 

@@ -28,7 +28,11 @@ def stage(number: int, total: int, title: str) -> None:
     """Announce a stage."""
     console.print()
     passed = time.monotonic() - _STARTED
-    console.print(f"[{int(passed // 60):3d}:{passed % 60:04.1f}] ── {number}/{total} {title} ──", markup=False, style="bold")
+    console.print(
+        f"[{int(passed // 60):3d}:{passed % 60:04.1f}] ── {number}/{total} {title} ──",
+        markup=False,
+        style="bold",
+    )
 
 
 def show_leaderboard(board: Leaderboard) -> None:

@@ -6,6 +6,7 @@ a second run finds it.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -31,7 +32,6 @@ from regraft.models import resolve
 from regraft.records import (
     DatasetVersion,
     DriftReport,
-    Leaderboard,
     ModelVersion,
     PromotionDecision,
     RetrainDecision,
@@ -59,7 +59,9 @@ def check_ports(experiment: Experiment, workspace: Workspace) -> None:
 class Quickstart:
     """One run of the loop; each method is a stage."""
 
-    def __init__(self, path: Path, experiment: Experiment, workspace: Workspace, traffic: Path, storm: list[Path]):
+    def __init__(
+        self, path: Path, experiment: Experiment, workspace: Workspace, traffic: Path, storm: list[Path]
+    ):
         self.path, self.experiment, self.workspace = path, experiment, workspace
         self.traffic, self.storm = traffic, storm
         self.key = ""
@@ -71,17 +73,21 @@ class Quickstart:
         experiment = self.experiment
         self._timed("model", self._model)
         dataset = self._timed("data", self._data)
-        self.key = content_hash([experiment.model_dump(mode="json", exclude={"tracking", "cluster"}), dataset.id], 12)
+        self.key = content_hash(
+            [experiment.model_dump(mode="json", exclude={"tracking", "cluster"}), dataset.id], 12
+        )
         done = self.workspace.found("retraining", self.key)
         if done is not None:
-            say("this quickstart is finished already: nothing is run again (remove .regraft/ to start afresh)")
+            say("finished already: nothing is run again (remove .regraft/ to start afresh)")
             self._summary()
             return
         check_ports(experiment, self.workspace)
         with connected(experiment, self.workspace, say) as connection:
-            board, version = self._timed("sweep", lambda: self._sweep(dataset, connection))
+            version = self._timed("sweep", lambda: self._sweep(dataset, connection))
             self._timed("serving", lambda: self._serve(connection))
-            self._timed("ordinary traffic", lambda: self._watch("ordinary", [self.traffic], ORDINARY, connection))
+            self._timed(
+                "ordinary traffic", lambda: self._watch("ordinary", [self.traffic], ORDINARY, connection)
+            )
             drift = self._timed("storm week", lambda: self._watch("storm", self.storm, None, connection))
             self._timed("retraining", lambda: self._retrain(drift[1], version, connection))
             self._summary()
@@ -105,7 +111,7 @@ class Quickstart:
         say(f"dataset {dataset.id}: {counts}; no leakage at Jaccard {self.experiment.data.leakage_jaccard:g}")
         return dataset
 
-    def _sweep(self, dataset: DatasetVersion, connection: Connection) -> tuple[Leaderboard, ModelVersion]:
+    def _sweep(self, dataset: DatasetVersion, connection: Connection) -> ModelVersion:
         found = self.workspace.found("sweep", self.key)
         if found is None:
             board, results, _ = sweep(self.experiment, dataset, connection)
@@ -122,18 +128,26 @@ class Quickstart:
                     "more epochs, other learning rates, or more examples: see the runs in MLflow",
                 )
             say(f"{version.served_id} is the champion")
-            found = {"board": board.model_dump(), "version": version.model_dump(), "decision": decision.model_dump()}
+            found = {
+                "board": board.model_dump(),
+                "version": version.model_dump(),
+                "decision": decision.model_dump(),
+            }
             self.workspace.finished("sweep", self.key, found)
         else:
             say("found: the sweep and its champion")
-        return Leaderboard.model_validate(found["board"]), ModelVersion.model_validate(found["version"])
+        return ModelVersion.model_validate(found["version"])
 
     def _serve(self, connection: Connection) -> None:
         self.base = serve(self.experiment, connection)
         say(f"{self.base}/v1 answers as {self._ask('When is my bill due?')}")
 
     def _ask(self, question: str) -> str:
-        body = {"model": self.experiment.name, "messages": [{"role": "user", "content": question}], "max_tokens": 48}
+        body = {
+            "model": self.experiment.name,
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": 48,
+        }
         answer = httpx.post(f"{self.base}/v1/chat/completions", json={**body, "temperature": 0}, timeout=120)
         answer.raise_for_status()
         said = answer.json()
@@ -149,10 +163,15 @@ class Quickstart:
             section = self.experiment.serve
             tokens = min(self.experiment.evaluate.max_new_tokens, section.max_new_tokens)
             replayed: Replayed = replay(
-                self.base, self.experiment.name, examples, max_tokens=tokens, concurrency=section.max_batch, say=say
+                self.base,
+                self.experiment.name,
+                examples,
+                max_tokens=tokens,
+                concurrency=section.max_batch,
+                say=say,
             )
             rate = replayed.completion_tokens / replayed.seconds
-            say(f"{replayed.answered} answered in {replayed.seconds:.0f} s ({rate:.0f} tokens/s), all captured")
+            say(f"{replayed.answered} answered in {replayed.seconds:.0f} s ({rate:.0f} tokens/s), captured")
             report, decision, html = check_drift(
                 self.experiment,
                 connection,
@@ -173,19 +192,22 @@ class Quickstart:
     def _retrain(self, decision: RetrainDecision, champion: ModelVersion, connection: Connection) -> None:
         if decision.action != "retrain" or decision.job_id is None:
             raise RegraftError(
-                f"the storm week was decided as {decision.action!r}: {decision.reason}", "see the drift report"
+                f"the storm week was decided as {decision.action!r}: {decision.reason}",
+                "see the drift report",
             )
         if connection.jobs_url is None:
             raise RegraftError("no job server is known", "set cluster.jobs to http://<head>:8265")
         before = self._ask("Where can I cool down with my dog during the heat?")
         if submit_retrain(self.path, decision, connection):
             say(f"submitted job {decision.job_id}")
-        status = follow(connection.jobs_url, decision.job_id, lambda line: console.print(f"    {line}", markup=False))
+        status = follow(
+            connection.jobs_url, decision.job_id, lambda line: console.print(f"    {line}", markup=False)
+        )
         outcome = outcome_file(connection, decision.id)
         if status != "SUCCEEDED" or not outcome.exists():
-            raise RegraftError(f"job {decision.job_id} ended as {status}", "see its log above or in Ray's dashboard")
-        import json
-
+            raise RegraftError(
+                f"job {decision.job_id} ended as {status}", "see its log above or in Ray's dashboard"
+            )
         gave = json.loads(outcome.read_text())
         version = ModelVersion.model_validate(gave["version"])
         verdict = PromotionDecision.model_validate(gave["decision"])
@@ -217,7 +239,9 @@ def run(path: Path) -> None:
     path = path / "regraft.yaml" if path.is_dir() else path
     experiment = Experiment.load(path)
     data = path.parent / "data"
-    storm = [p for p in (experiment.retrain.reviewed, *experiment.retrain.evaluation.values()) if p is not None]
+    storm = [
+        p for p in (experiment.retrain.reviewed, *experiment.retrain.evaluation.values()) if p is not None
+    ]
     missing = [p for p in (data / "traffic.jsonl", *storm) if not p.exists()]
     if missing or not storm:
         raise RegraftError(

@@ -81,7 +81,9 @@ async def _replay(
     ended = datetime.now(UTC)
     if failures:
         shown = "\n".join(failures[:5])
-        raise ServiceError(f"{len(failures)} of {len(examples)} requests failed:\n{shown}", "see the endpoint's log")
+        raise ServiceError(
+            f"{len(failures)} of {len(examples)} requests failed:\n{shown}", "see the endpoint's log"
+        )
     return Replayed(
         start=started.isoformat(),
         end=ended.isoformat(),

@@ -27,7 +27,9 @@ def fresh_dataset(experiment: Experiment) -> DatasetVersion:
     """
     old = load_dataset(experiment.name, experiment.data)
     if experiment.retrain.reviewed is None:
-        raise DataError("retrain.reviewed names no file of reviewed examples", "review fresh exchanges and name the file")
+        raise DataError(
+            "retrain.reviewed names no file of reviewed examples", "review fresh exchanges and name the file"
+        )
     splits = dict(old.splits)
     splits["train"] = (*old.split("train"), *read_chats(experiment.retrain.reviewed))
     splits |= {name: read_chats(path) for name, path in experiment.retrain.evaluation.items()}
@@ -58,19 +60,25 @@ def retrain_experiment(experiment: Experiment, champion: ModelVersion) -> Experi
 def score_champion(
     experiment: Experiment, champion: ModelVersion, dataset: DatasetVersion, connection: Connection
 ) -> EvalReport:
-    """The champion's scores on the union of the evaluation sets; what was scored before is not asked again."""
+    """The champion's scores on all evaluation sets; what was scored before is not asked again."""
     import ray
 
     known = result_of(champion, connection).report
     folder = connection.registry.fetch(champion.logged_model_id)
     arguments = (experiment, champion, dataset, known, folder)
-    task = ray.remote(num_cpus=experiment.sweep.cpus_per_trial, num_gpus=experiment.sweep.gpus_per_trial)(_score)
+    task = ray.remote(num_cpus=experiment.sweep.cpus_per_trial, num_gpus=experiment.sweep.gpus_per_trial)(
+        _score
+    )
     report: EvalReport = ray.get(task.remote(*arguments))
     return report
 
 
 def _score(
-    experiment: Experiment, version: ModelVersion, dataset: DatasetVersion, known: EvalReport | None, folder: Path
+    experiment: Experiment,
+    version: ModelVersion,
+    dataset: DatasetVersion,
+    known: EvalReport | None,
+    folder: Path,
 ) -> EvalReport:
     from regraft.methods import parse_method
     from regraft.models import load_tokenizer, pick_device, resolve
@@ -109,10 +117,15 @@ def retrain(
     show_leaderboard(board)
     winner = next((r for r in results if r.key == board.winner_key), None)
     if winner is None or winner.report is None:
-        raise RegraftError(f"the retraining gave no challenger: {board.winner_reason}", "see its runs in MLflow")
+        raise RegraftError(
+            f"the retraining gave no challenger: {board.winner_reason}", "see its runs in MLflow"
+        )
+    version = connection.registry.register(experiment.name, winner)
+    settled = connection.registry.promotion(version)
+    if champion == version and settled is not None:
+        return version, settled  # an earlier attempt of this job went this far
     say(f"scoring {champion.served_id} on the fresh evaluation set")
     incumbent = score_champion(experiment, champion, dataset, connection)
-    version = connection.registry.register(experiment.name, winner)
     connection.registry.set_alias(experiment.name, CHALLENGER, version.version)
     verdict = gate(experiment, version, winner.report, incumbent, champion.served_id)
     settle(experiment, version, winner.report, verdict, champion, connection)
@@ -130,7 +143,9 @@ def run(path: Path, decision_id: str) -> None:
     workspace = Workspace()
     file = workspace.root / "decisions" / f"{decision_id}.json"
     if not file.exists():
-        raise DataError(f"{file}: no such decision", "give the id of a decision that `regraft drift` recorded")
+        raise DataError(
+            f"{file}: no such decision", "give the id of a decision that `regraft drift` recorded"
+        )
     decision = RetrainDecision.model_validate_json(file.read_text())
     with connected(experiment, workspace, say) as connection:
         outcome = outcome_file(connection, decision.id)
@@ -139,10 +154,16 @@ def run(path: Path, decision_id: str) -> None:
             return
         version, verdict = retrain(experiment, decision, connection)
         show_decision(verdict)
-        outcome.write_text(json.dumps({"version": version.model_dump(), "decision": verdict.model_dump()}, indent=1))
+        outcome.write_text(
+            json.dumps({"version": version.model_dump(), "decision": verdict.model_dump()}, indent=1)
+        )
 
 
 if __name__ == "__main__":
     from jobs.cli import run_script
 
-    run_script(lambda: run(Path(sys.argv[1]), sys.argv[2]), "python jobs/retrain.py EXPERIMENT.yaml DECISION", arguments=2)
+    run_script(
+        lambda: run(Path(sys.argv[1]), sys.argv[2]),
+        "python jobs/retrain.py EXPERIMENT.yaml DECISION",
+        arguments=2,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -43,6 +44,7 @@ def serve(experiment: Experiment, connection: Connection, say: Say = say) -> str
             serve=section,
         )
         say("deploying the endpoint on Ray Serve")
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         deploy(settings, host=section.host, port=port)
     wait_for_champion(base, experiment.name)
     return base
@@ -67,7 +69,9 @@ def wait_for_champion(base: str, name: str, version: int | None = None) -> dict[
         except (httpx.HTTPError, ValueError) as error:
             last = str(error)
         time.sleep(0.2)
-    raise ServiceError(f"the endpoint at {base} is not ready; it last said: {last}", "see Ray's dashboard and logs")
+    raise ServiceError(
+        f"the endpoint at {base} is not ready; it last said: {last}", "see Ray's dashboard and logs"
+    )
 
 
 def _healthy(base: str, name: str) -> bool:

@@ -76,9 +76,14 @@ def promote_winner(
     """
     winner = next((r for r in results if r.key == board.winner_key), None)
     if winner is None or winner.report is None:
-        raise RegraftError(f"the sweep has no winner: {board.winner_reason}", "look at the runs' reasons in MLflow")
+        raise RegraftError(
+            f"the sweep has no winner: {board.winner_reason}", "look at the runs' reasons in MLflow"
+        )
     champion = connection.registry.by_alias(experiment.name, CHAMPION)
     version = connection.registry.register(experiment.name, winner)
+    settled = connection.registry.promotion(version)
+    if champion == version and settled is not None:
+        return version, settled  # this very sweep was settled before
     if champion is None:
         control = next((r for r in results if r.is_control and r.report is not None), None)
         if control is None or control.report is None:
@@ -95,7 +100,11 @@ def promote_winner(
 
 
 def gate(
-    experiment: Experiment, version: ModelVersion, challenger: EvalReport, incumbent: EvalReport, incumbent_name: str
+    experiment: Experiment,
+    version: ModelVersion,
+    challenger: EvalReport,
+    incumbent: EvalReport,
+    incumbent_name: str,
 ) -> PromotionDecision:
     """Judge with the settings of the experiment."""
     from regraft.selection.gate import judge

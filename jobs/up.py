@@ -38,13 +38,17 @@ def up(path: Path) -> None:
     if services.ray:
         lines.append(f"Ray       {services.ray.url}")
     if connection.registry.by_alias(experiment.name, "champion") is None:
-        lines.append("endpoint  not up: there is no champion yet; run `regraft sweep`, then `regraft up` again")
+        lines.append(
+            "endpoint  not up: there is no champion yet; run `regraft sweep`, then `regraft up` again"
+        )
     else:
         lines.append(f"endpoint  {serve(experiment, connection)}/v1")
         if services.monitor is None:
             services = services.model_copy(update={"monitor": _start_monitor(path, workspace)})
             workspace.save(services)
-        lines.append(f"monitor   checks every {experiment.monitor.every_seconds:g} s, log {workspace.root / 'monitor.log'}")
+        lines.append(
+            f"monitor   every {experiment.monitor.every_seconds:g} s, log {workspace.root / 'monitor.log'}"
+        )
     lines.append("`regraft down` ends them")
     console.print("\n".join(lines), markup=False)
 

@@ -94,7 +94,9 @@ class Workspace:
         if not file.exists():
             return Services()
         found = Services.model_validate_json(file.read_text())
-        gone = {name: None for name in ("mlflow", "ray", "monitor") if (s := getattr(found, name)) and not s.alive}
+        gone = {
+            name: None for name in ("mlflow", "ray", "monitor") if (s := getattr(found, name)) and not s.alive
+        }
         return found.model_copy(update=gone)
 
     def save(self, services: Services) -> None:
@@ -128,7 +130,9 @@ class Workspace:
         try:
             if experiment.tracking.uri is None and services.mlflow is None:
                 say("starting MLflow (SQLite)")
-                server = start_server(self.root / "mlflow", experiment.tracking.host, experiment.tracking.port)
+                server = start_server(
+                    self.root / "mlflow", experiment.tracking.host, experiment.tracking.port
+                )
                 services = services.model_copy(update={"mlflow": _service(server.pid, server.url)})
                 started.append("mlflow")
                 self.save(services)
@@ -185,12 +189,14 @@ class Workspace:
             )
         check_server(uri)
         address = experiment.cluster.address or services.ray_address or os.environ.get("RAY_ADDRESS")
-        if address is None or (experiment.cluster.address is None and services.ray_address and services.ray is None):
-            raise ServiceError("cluster.address: no Ray cluster is known", "set cluster.address, or run `regraft up`")
+        if address is None or (
+            experiment.cluster.address is None and services.ray_address and services.ray is None
+        ):
+            raise ServiceError(
+                "cluster.address: no Ray cluster is known", "set cluster.address, or run `regraft up`"
+            )
         jobs = experiment.cluster.jobs or (services.ray.url if services.ray else None)
-        return Connection(
-            tracking_uri=uri, ray_address=address, jobs_url=jobs, workspace=self.root
-        )
+        return Connection(tracking_uri=uri, ray_address=address, jobs_url=jobs, workspace=self.root)
 
 
 def _service(pid: int, url: str) -> Service:
@@ -198,7 +204,9 @@ def _service(pid: int, url: str) -> Service:
 
 
 @contextlib.contextmanager
-def connected(experiment: Experiment, workspace: Workspace, say: Any, *, keep: bool = False) -> Iterator[Connection]:
+def connected(
+    experiment: Experiment, workspace: Workspace, say: Any, *, keep: bool = False
+) -> Iterator[Connection]:
     """Reach the services; start those that are missing, and end those again afterwards unless `keep`."""
     before = workspace.services()
     on_cluster = bool(os.environ.get("RAY_JOB_ID") or os.environ.get("RAY_ADDRESS"))

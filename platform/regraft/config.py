@@ -41,7 +41,9 @@ class DataSection(Section):
     """Where the examples are. Paths are relative to the YAML."""
 
     train: tuple[Path, ...]
-    evaluation: dict[str, Path] = Field(min_length=1, description="Named evaluation sets; none of them trains.")
+    evaluation: dict[str, Path] = Field(
+        min_length=1, description="Named evaluation sets; none of them trains."
+    )
     leakage_jaccard: float = Field(
         0.7, gt=0, le=1, description="Prompts at least this alike across train and evaluation are leakage."
     )
@@ -69,7 +71,9 @@ class AshaSection(Section):
 
     grace: int = Field(2, ge=1, description="Evaluation points before a trial may be stopped.")
     reduction: float = Field(3.0, gt=1, description="Of those that reach a rung, one in this many goes on.")
-    peers: int = Field(3, ge=1, description="Trials that must have reached a point before one is stopped there.")
+    peers: int = Field(
+        3, ge=1, description="Trials that must have reached a point before one is stopped there."
+    )
 
 
 class SweepSection(Section):
@@ -83,7 +87,9 @@ class SweepSection(Section):
     max_gradient_norm: float = Field(1.0, gt=0)
     evaluations: int = Field(4, ge=1, description="Evaluation points over a trial, evenly spread.")
     loss_examples: int | None = Field(
-        None, ge=1, description="Evaluation loss over at most so many evaluation examples, evenly chosen; all if not given."
+        None,
+        ge=1,
+        description="Evaluation loss over at most so many examples, evenly chosen; all if not given.",
     )
     asha: AshaSection | None = AshaSection()
     samples: int = Field(1, ge=1, description="Draws for each grid point whose method has a range.")
@@ -93,7 +99,9 @@ class SweepSection(Section):
     workers_per_trial: int = Field(1, ge=1, description="More than one runs the trial as Ray Train.")
     ray_train: tuple[str, ...] = Field((), description="Methods that run as Ray Train even with one worker.")
     max_concurrent: int | None = Field(None, ge=1)
-    trial_memory_gib: float | None = Field(None, gt=0, description="A trial that would need more is infeasible.")
+    trial_memory_gib: float | None = Field(
+        None, gt=0, description="A trial that would need more is infeasible."
+    )
 
     def expanded(self) -> tuple[Method, ...]:
         """All methods to try, concrete, without repeats."""
@@ -129,7 +137,9 @@ class SelectSection(Section):
     confidence: float = Field(0.95, gt=0.5, lt=1)
     resamples: int = Field(2000, ge=200)
     regression_margin: float = Field(
-        0.02, ge=0, description="How much a challenger may lose on any one evaluation set, in the metric's unit."
+        0.02,
+        ge=0,
+        description="How much a challenger may lose on any one evaluation set, in the metric's unit.",
     )
 
     @field_validator("subject_to", mode="before")
@@ -144,21 +154,32 @@ class ServeSection(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     max_batch: int = Field(16, ge=1, description="Requests answered together.")
-    max_queued: int = Field(64, ge=1, description="Requests waiting beyond those being answered; more get 429.")
+    max_queued: int = Field(
+        64, ge=1, description="Requests waiting beyond those being answered; more get 429."
+    )
     max_new_tokens: int = Field(256, ge=1, description="Upper bound on what one request may ask for.")
     poll_seconds: float = Field(1.0, gt=0, description="How often the champion alias is looked up.")
-    num_cpus: float = Field(1, ge=0, description="Cores reserved for the endpoint; 0 shares them with trials.")
+    num_cpus: float = Field(
+        1, ge=0, description="Cores reserved for the endpoint; 0 shares them with trials."
+    )
     num_gpus: float = Field(0, ge=0)
 
 
 class MonitorSection(Section):
     """How drift is tested."""
 
-    alpha: float = Field(0.01, gt=0, lt=0.5, description="False alarms a check may give where nothing changed.")
-    min_effect: float = Field(
-        0.1, ge=0, le=1, description="Share of exchanges beyond the reference's own tail, needed beside significance."
+    alpha: float = Field(
+        0.01, gt=0, lt=0.5, description="False alarms a check may give where nothing changed."
     )
-    min_rows: int = Field(50, ge=20, description="Fewer exchanges than this are 'insufficient', never 'stable'.")
+    min_effect: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of exchanges beyond the reference's own tail, needed beside significance.",
+    )
+    min_rows: int = Field(
+        50, ge=20, description="Fewer exchanges than this are 'insufficient', never 'stable'."
+    )
     max_rows: int = Field(1000, ge=50)
     permutations: int = Field(999, ge=199)
     every_seconds: float = Field(3600, gt=0, description="How often `regraft monitor run` checks.")
@@ -171,7 +192,9 @@ class RetrainSection(Section):
     evaluation: dict[str, Path] = Field({}, description="Evaluation sets for the fresh topics.")
     epochs: float | None = Field(None, gt=0, description="As in the sweep, if not given.")
     cpus_per_trial: float | None = Field(None, gt=0, description="As in the sweep, if not given.")
-    min_fresh: int = Field(20, ge=1, description="Fewer reviewed fresh examples than this: collect, do not retrain.")
+    min_fresh: int = Field(
+        20, ge=1, description="Fewer reviewed fresh examples than this: collect, do not retrain."
+    )
     cooldown_seconds: float = Field(0, ge=0, description="No second retraining this soon after one.")
 
 
@@ -213,7 +236,9 @@ class Experiment(Section):
     def _known_metric(self) -> Experiment:
         names = {key for metric in self.evaluate.metrics for key in metric.outputs}
         if self.select.maximise not in names:
-            raise ValueError(f"select.maximise is {self.select.maximise!r}, but evaluate.metrics gives {sorted(names)}")
+            raise ValueError(
+                f"select.maximise is {self.select.maximise!r}, but evaluate.metrics gives {sorted(names)}"
+            )
         return self
 
     @classmethod
@@ -237,7 +262,9 @@ class Experiment(Section):
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not valid YAML: {error}", "mend the syntax at that line") from error
         if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: the top level must be a mapping", "start from examples/utility-support/regraft.yaml")
+            raise ConfigError(
+                f"{path}: the top level must be a mapping", "start from examples/utility-support/regraft.yaml"
+            )
         try:
             experiment = cls.model_validate(raw)
         except ValidationError as error:
@@ -284,7 +311,7 @@ class Experiment(Section):
         for name in self.sweep.ray_train:
             if name not in known:
                 raise ConfigError(
-                    f"{_place(path, tree, ('sweep', 'ray_train'))}: sweep.ray_train names {name!r}, which is not swept",
+                    f"{_place(path, tree, ('sweep', 'ray_train'))}: sweep.ray_train: {name!r} is not swept",
                     f"name one of {sorted(known)}",
                 )
 
@@ -354,7 +381,7 @@ def _explain_method(
         close = difflib.get_close_matches(str(name), list(classes), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return ConfigError(
-            f"{_place(path, tree, (*where, 'name'))}: {_dotted((*where, 'name'))}: unknown method {name!r}{hint}",
+            f"{_place(path, tree, (*where, 'name'))}: {_dotted(where)}.name: unknown method {name!r}{hint}",
             f"use one of {', '.join(classes)}",
         )
     lines = []

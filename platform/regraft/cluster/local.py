@@ -27,6 +27,7 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_DEDUP_LOGS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
@@ -48,7 +49,12 @@ def set_environment() -> None:
 
 
 def start_local_ray(
-    folder: Path, *, num_cpus: int | None, num_gpus: int | None, dashboard_port: int, environment: dict[str, str]
+    folder: Path,
+    *,
+    num_cpus: int | None,
+    num_gpus: int | None,
+    dashboard_port: int,
+    environment: dict[str, str],
 ) -> LocalRay:
     """Start a head node that outlives this process, on loopback, with its dashboard and job server.
 
@@ -68,7 +74,8 @@ def start_local_ray(
     command = [
         sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block",
         "--node-ip-address=127.0.0.1", f"--port={gcs_port}", "--include-dashboard=true",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={free_port(0, '')}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}",
+        f"--ray-client-server-port={free_port(0, '')}",
         f"--dashboard-agent-listen-port={free_port(0, '')}", "--object-store-memory=300000000",
         "--disable-usage-stats",
     ]  # fmt: skip
@@ -86,7 +93,11 @@ def start_local_ray(
             stderr=stream,
             start_new_session=True,
             # Jobs say `python` and must find this environment's.
-            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}", **environment},
+            env={
+                **os.environ,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
+                **environment,
+            },
         )
     url = f"http://127.0.0.1:{dashboard_port}"
     try:
@@ -143,7 +154,9 @@ def join(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ServiceError(f"no Ray cluster at {address}: {error}", "check cluster.address, or leave it out") from error
+        raise ServiceError(
+            f"no Ray cluster at {address}: {error}", "check cluster.address, or leave it out"
+        ) from error
 
 
 def _check_reachable(address: str) -> None:

@@ -52,7 +52,9 @@ def read_chats(path: Path) -> tuple[Example, ...]:
             problems += [f"{path}:{number}: {problem}" for problem in str(error).splitlines()]
             continue
         if example.id in first_seen:
-            problems.append(f"{path}:{number}: id: {example.id!r} is already the id of line {first_seen[example.id]}")
+            problems.append(
+                f"{path}:{number}: id: {example.id!r} is already the id of line {first_seen[example.id]}"
+            )
         first_seen.setdefault(example.id, number)
         examples.append(example)
     if problems:
@@ -89,7 +91,9 @@ def _check_turns(example: Example) -> None:
     for index, role in enumerate(roles[start:], start=start):
         expected = "user" if (index - start) % 2 == 0 else "assistant"
         if role != expected:
-            raise ValueError(f"messages.{index}.role: is {role!r}; after an optional system turn, user and assistant alternate")
+            raise ValueError(
+                f"messages.{index}.role: is {role!r}; after a system turn, if any, user and assistant alternate"
+            )
     if roles[-1] != "assistant":
         raise ValueError(f"messages.{len(roles) - 1}.role: the last turn must be the assistant's answer")
     for index, message in enumerate(example.messages):

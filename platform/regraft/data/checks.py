@@ -25,9 +25,7 @@ def prompt_words(example: Example) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", text.lower()))
 
 
-def find_leaks(
-    train: Sequence[Example], evaluation: Sequence[Example], threshold: float
-) -> tuple[Leak, ...]:
+def find_leaks(train: Sequence[Example], evaluation: Sequence[Example], threshold: float) -> tuple[Leak, ...]:
     """Find training prompts at least `threshold` alike to an evaluation prompt.
 
     Candidates come from MinHash buckets (Broder, 1997) and are confirmed by the exact Jaccard similarity of

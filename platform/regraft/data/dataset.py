@@ -41,7 +41,8 @@ def make_dataset(
     """
     repeats = set(exact_duplicates(splits["train"]))
     kept: dict[str, tuple[Example, ...]] = {
-        split: tuple(e for e in rows if split != "train" or e.id not in repeats) for split, rows in splits.items()
+        split: tuple(e for e in rows if split != "train" or e.id not in repeats)
+        for split, rows in splits.items()
     }
     for split, rows in kept.items():
         if split == "train":
@@ -55,9 +56,11 @@ def make_dataset(
             )
             raise DataError(
                 f"{len(leaks)} training prompts leak the evaluation set {split!r}:\n{shown}",
-                "take those rows out of one of the files, or raise data.leakage_jaccard if they really differ",
+                "take those rows out of one file, or raise data.leakage_jaccard if they really differ",
             )
-    identity = {split: [[e.id, [m.model_dump() for m in e.messages]] for e in rows] for split, rows in kept.items()}
+    identity = {
+        split: [[e.id, [m.model_dump() for m in e.messages]] for e in rows] for split, rows in kept.items()
+    }
     return DatasetVersion(
         id=content_hash(identity),
         name=name,
@@ -80,5 +83,3 @@ def union_of_evaluations(dataset: DatasetVersion) -> tuple[Example, ...]:
         for split in evaluation_splits(dataset)
         for e in dataset.split(split)
     )
-
-

@@ -39,4 +39,15 @@ def parse_method(settings: dict[str, object]) -> Method:
     return _ADAPTER.validate_python(settings)
 
 
-__all__ = ["METHOD_CLASSES", "AnyMethod", "Full", "LoRA", "Method", "PTuning", "PromptTuning", "QLoRA", "ZeroShot", "parse_method"]
+__all__ = [
+    "METHOD_CLASSES",
+    "AnyMethod",
+    "Full",
+    "LoRA",
+    "Method",
+    "PTuning",
+    "PromptTuning",
+    "QLoRA",
+    "ZeroShot",
+    "parse_method",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -46,7 +46,8 @@ class PromptTuning(Method):
             ids = (ids * (self.virtual_tokens // len(ids) + 1))[: self.virtual_tokens]
             embedding = base.get_input_embeddings()  # type: ignore[operator]
             rows = embedding(torch.tensor(ids, device=embedding.weight.device)).detach().float()
-            model.prompt_encoder["default"].embedding.weight.data.copy_(rows)
+            encoder: Any = model.prompt_encoder
+            encoder["default"].embedding.weight.data.copy_(rows)
         return model
 
     def release(self, model: nn.Module) -> nn.Module | None:

@@ -63,11 +63,20 @@ def expand(settings: dict[str, Any], *, samples: int, seed: int) -> list[Method]
 
 
 def _check_range(field: str, spec: dict[str, Any]) -> None:
+    kind: str | None
+    bounds: Any
     kind, bounds = next(iter(spec.items()), (None, None))
     if len(spec) != 1 or kind not in RANGES:
-        raise SearchError(field, f"a range is one of {', '.join(RANGES)}, such as {{loguniform: [1e-5, 1e-3]}}")
-    numbers = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
-    if not numbers or bounds[0] >= bounds[1] or (kind == "loguniform" and bounds[0] <= 0):
+        raise SearchError(
+            field, f"a range is one of {', '.join(RANGES)}, such as {{loguniform: [1e-5, 1e-3]}}"
+        )
+    if (
+        not isinstance(bounds, list)
+        or len(bounds) != 2
+        or not all(isinstance(b, int | float) for b in bounds)
+    ):
+        raise SearchError(field, f"{kind} takes two numbers, [low, high]")
+    if bounds[0] >= bounds[1] or (kind == "loguniform" and bounds[0] <= 0):
         raise SearchError(field, f"{kind} takes [low, high] with low < high, both above 0 for loguniform")
 
 

@@ -46,17 +46,24 @@ def judge(
     evidence = (overall, *(compare(name, name) for name in sets))
     worse = [c for c in evidence[1:] if c.difference < -margin]
     if worse:
-        outcome, reason = "reject", "; ".join(
-            f"on {c.split} it loses {-c.difference:.3f} {objective}, more than the margin of {margin:g}" for c in worse
+        outcome, reason = (
+            "reject",
+            "; ".join(
+                f"on {c.split} it loses {-c.difference:.3f} {objective}, more than the margin of {margin:g}"
+                for c in worse
+            ),
         )
     elif overall.low > 0:
         outcome = "promote"
         reason = (
-            f"{objective} {overall.incumbent_mean:.3f} → {overall.challenger_mean:.3f} over {overall.examples} "
-            f"examples, advantage {overall.low:+.3f} to {overall.high:+.3f} at {level:.0%}"
+            f"{objective} {overall.incumbent_mean:.3f} → {overall.challenger_mean:.3f} "
+            f"over {overall.examples} examples, advantage {overall.low:+.3f} to {overall.high:+.3f} at {level:.0%}"
         )
     elif overall.high < 0:
-        outcome, reason = "reject", f"it is worse: {overall.difference:+.3f} {objective}, at most {overall.high:+.3f}"
+        outcome, reason = (
+            "reject",
+            f"it is worse: {overall.difference:+.3f} {objective}, at most {overall.high:+.3f}",
+        )
     else:
         outcome = "inconclusive"
         reason = (

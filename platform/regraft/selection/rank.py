@@ -13,11 +13,19 @@ class Bound(Protocol):
     """A bound on a recorded figure."""
 
     @property
-    def metric(self) -> str: ...
+    def metric(self) -> str:
+        """A name that `figures` gives."""
+        ...
+
     @property
-    def sense(self) -> str: ...
+    def sense(self) -> str:
+        """`<=` or `>=`."""
+        ...
+
     @property
-    def bound(self) -> float: ...
+    def bound(self) -> float:
+        """The bound, in the figure's own unit."""
+        ...
 
 
 #: What quality is held against: lower is better.
@@ -58,7 +66,9 @@ def rank(
         level: Coverage of the intervals.
         resamples: Bootstrap samples.
     """
-    scored = [t for t in trials if t.status == "completed" and t.report is not None and objective in t.report.means]
+    scored = [
+        t for t in trials if t.status == "completed" and t.report is not None and objective in t.report.means
+    ]
     scored.sort(key=lambda t: (-_quality(t, objective), t.cost.train_seconds))
     front = _pareto_front(scored, objective)
     broken = {t.key: [c for c in constraints if not _meets(t, c)] for t in scored}
@@ -111,13 +121,15 @@ def _quality(trial: TrialResult, objective: str) -> float:
 def _pareto_front(trials: Sequence[TrialResult], objective: str) -> set[str]:
     """Keys of trials that no other beats or equals in everything while beating it in something."""
     points = {
-        t.key: (_quality(t, objective), *(-figures(t).get(price, float("inf")) for price in _PRICES)) for t in trials
+        t.key: (_quality(t, objective), *(-figures(t).get(price, float("inf")) for price in _PRICES))
+        for t in trials
     }
     return {
         key
         for key, mine in points.items()
         if not any(
-            all(o >= m for o, m in zip(other, mine, strict=True)) and other != mine for other in points.values()
+            all(o >= m for o, m in zip(other, mine, strict=True)) and other != mine
+            for other in points.values()
         )
     }
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from regraft.records import Comparison, EvalReport, ExampleScore, Interval
 
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
 _SEED = 20260101
 
 
@@ -53,7 +55,9 @@ def paired_comparison(
         ValueError: If no example has a score from both, or the metric's versions differ.
     """
     if challenger.metric_versions != incumbent.metric_versions:
-        raise ValueError(f"metric versions differ: {challenger.metric_versions} and {incumbent.metric_versions}")
+        raise ValueError(
+            f"metric versions differ: {challenger.metric_versions} and {incumbent.metric_versions}"
+        )
     before = {e.example_id: e for e in incumbent.examples}
 
     def counts(example: ExampleScore) -> bool:
@@ -61,7 +65,9 @@ def paired_comparison(
         wanted = of_set is None or example.tags.get("set") == of_set
         return wanted and other is not None and metric in example.scores and metric in other.scores
 
-    pairs = [(e.scores[metric], before[e.example_id].scores[metric]) for e in challenger.examples if counts(e)]
+    pairs = [
+        (e.scores[metric], before[e.example_id].scores[metric]) for e in challenger.examples if counts(e)
+    ]
     if not pairs:
         raise ValueError(f"no example of {split} has {metric} from both candidates")
     scores = np.asarray(pairs, dtype=float)
@@ -83,8 +89,9 @@ def paired_comparison(
     )
 
 
-def _resampled_means(values: np.ndarray, resamples: int) -> np.ndarray:
+def _resampled_means(values: Floats, resamples: int) -> Floats:
     if values.size == 0:
         raise ValueError("there are no values to resample")
     rng = np.random.default_rng(_SEED)
-    return values[rng.integers(0, values.size, size=(resamples, values.size))].mean(axis=1)
+    means: Floats = values[rng.integers(0, values.size, size=(resamples, values.size))].mean(axis=1)
+    return means

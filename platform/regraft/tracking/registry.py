@@ -166,6 +166,16 @@ class Registry:
             self._client.set_registered_model_alias(version.name, CHAMPION, str(version.version))
 
     @guarded
+    def promotion(self, version: ModelVersion) -> PromotionDecision | None:
+        """The decision that made a version the champion; None if there was none."""
+        decided = self._decided(version)
+        if decided is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            file = self.load_artifact(version.run_id, f"promotion_{decided}.json", Path(folder))
+            return PromotionDecision.model_validate_json(file.read_text())
+
+    @guarded
     def fetch(self, logged_model_id: str) -> Path:
         """The files of a logged model in the local cache, downloaded and checked on first use.
 

@@ -136,7 +136,13 @@ class Tracker:
 
     @guarded
     def close_trial(
-        self, sweep_id: str, key: str, *, status: Literal["stopped", "failed"], reason: str, result: TrialResult | None = None
+        self,
+        sweep_id: str,
+        key: str,
+        *,
+        status: Literal["stopped", "failed"],
+        reason: str,
+        result: TrialResult | None = None,
     ) -> str | None:
         """End the run of a trial that could not do so itself, such as one that the scheduler killed.
 

@@ -85,13 +85,16 @@ def _render(tokenizer: PreTrainedTokenizerBase, example: Example, turns: int | N
     return ids
 
 
-def bucket(examples: Sequence[Encoded], tokens_per_batch: int, *, rng: random.Random | None) -> list[list[Encoded]]:
+def bucket(
+    examples: Sequence[Encoded], tokens_per_batch: int, *, rng: random.Random | None
+) -> list[list[Encoded]]:
     """Group examples of like length, at most `tokens_per_batch` padded tokens a group.
 
     With `rng`, lengths are jittered and the groups shuffled, so that no two epochs see the same batches.
     """
-    jitter = (lambda: rng.uniform(0.9, 1.1)) if rng else (lambda: 1.0)
-    by_length = sorted(examples, key=lambda e: len(e.ids) * jitter(), reverse=True)
+    by_length = sorted(
+        examples, key=lambda e: len(e.ids) * (rng.uniform(0.9, 1.1) if rng else 1.0), reverse=True
+    )
     groups: list[list[Encoded]] = []
     longest = 0
     for example in by_length:

@@ -27,7 +27,7 @@ class BaseCache:
     trial that dies half-way never leaves a changed base behind.
     """
 
-    def __init__(self, keep: int = 2) -> None:
+    def __init__(self, keep: int = 1) -> None:
         self._keep = keep
         self._held: OrderedDict[tuple[str, ...], nn.Module] = OrderedDict()
 
@@ -36,7 +36,9 @@ class BaseCache:
         held = self._held.pop(self._key(method, path, dtype, device), None)
         return held if held is not None else method.load_base(path, dtype, device)
 
-    def give_back(self, base: nn.Module | None, method: Method, path: Path, dtype: DTypeName, device: str) -> None:
+    def give_back(
+        self, base: nn.Module | None, method: Method, path: Path, dtype: DTypeName, device: str
+    ) -> None:
         """Keep a base that is clean again; None is taken as 'it no longer is'."""
         if base is None:
             return

@@ -40,7 +40,7 @@ class Workers(NamedTuple):
     """This process's place among those that train together."""
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
     wrap: Callable[[Any], Any] = lambda model: model
 
 
@@ -97,7 +97,8 @@ def train(
     optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     warmup = max(1, round(total * settings.warmup_fraction))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1.0, (step + 1) / warmup) * (total - step) / total if step < total else 0.0
+        optimiser,
+        lambda step: min(1.0, (step + 1) / warmup) * (total - step) / total if step < total else 0.0,
     )
     marks = {round(total * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     points: list[LossPoint] = []
@@ -116,18 +117,22 @@ def train(
             if not math.isfinite(loss_sum):
                 raise InfeasibleTrialError(f"diverged: the loss is {loss_sum} at step {step} of {total}")
             # DDP averages gradients over workers; the division is by the tokens of all of them.
-            (loss * workers.count / token_sum).backward()
+            (loss * workers.size / token_sum).backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
             rate = optimiser.param_groups[0]["lr"]
             optimiser.step()
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
-            seen += sum(len(e.ids) for e in group) * workers.count
+            seen += sum(len(e.ids) for e in group) * workers.size
             since_loss, since_tokens = since_loss + loss_sum, since_tokens + token_sum
             if step in marks:
                 pause = time.monotonic()
                 held_out = evaluation_loss(
-                    model, evaluation_set, tokens_per_batch=settings.tokens_per_batch, pad_id=pad_id, device=device
+                    model,
+                    evaluation_set,
+                    tokens_per_batch=settings.tokens_per_batch,
+                    pad_id=pad_id,
+                    device=device,
                 )
                 point = LossPoint(
                     step=step,
@@ -154,7 +159,9 @@ def evaluation_loss(
     with torch.no_grad(), autocast(model, device):
         for group in bucket(examples, tokens_per_batch, rng=None):
             batch = collate(group, pad_id).to(device)
-            loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+            loss = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+            ).loss
             total += float(loss)
             tokens += sum(e.supervised for e in group)
     return total / tokens
@@ -179,15 +186,15 @@ def _plan(examples: Sequence[Encoded], settings: LoopSettings, workers: Workers)
     batches: list[list[Encoded]] = []
     for _ in range(math.ceil(settings.epochs)):
         groups = bucket(examples, settings.tokens_per_batch, rng=rng)
-        whole = len(groups) - len(groups) % workers.count if len(groups) >= workers.count else 0
+        whole = len(groups) - len(groups) % workers.size if len(groups) >= workers.size else 0
         if not whole:
-            raise InfeasibleTrialError(f"{len(groups)} batches cannot be shared among {workers.count} workers")
-        batches += groups[workers.rank : whole : workers.count]
+            raise InfeasibleTrialError(f"{len(groups)} batches cannot be shared among {workers.size} workers")
+        batches += groups[workers.rank : whole : workers.size]
     return batches[: max(1, math.ceil(len(batches) * settings.epochs / math.ceil(settings.epochs)))]
 
 
 def _sum_over_workers(loss: float, tokens: int, workers: Workers) -> tuple[float, int]:
-    if workers.count == 1:
+    if workers.size == 1:
         return loss, tokens
     import torch
     import torch.distributed as dist

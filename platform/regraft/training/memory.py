@@ -78,7 +78,9 @@ def least_gib(method: Method, model: Path, dtype: DTypeName) -> float:
     return parameters * (16 if method.kind == "full" else frozen) / GIB + _FLOOR_GIB
 
 
-def require_memory(method: Method, model: Path, dtype: DTypeName, device: str, limit_gib: float | None) -> None:
+def require_memory(
+    method: Method, model: Path, dtype: DTypeName, device: str, limit_gib: float | None
+) -> None:
     """Refuse a trial that cannot fit.
 
     Raises:
@@ -96,4 +98,6 @@ def require_memory(method: Method, model: Path, dtype: DTypeName, device: str, l
     else:
         free = psutil.virtual_memory().available / GIB
     if need > free:
-        raise InfeasibleTrialError(f"memory: {method.label} needs at least {need:.1f} GiB, {free:.1f} are free")
+        raise InfeasibleTrialError(
+            f"memory: {method.label} needs at least {need:.1f} GiB, {free:.1f} are free"
+        )

@@ -73,7 +73,7 @@ def _worker(config: dict[str, Any]) -> None:
         report=lambda metrics: ray.train.report(metrics),
         bases=BaseCache(keep=0),
         workers=Workers(
-            rank=context.get_world_rank(), count=count, wrap=_wrap if count > 1 else Workers().wrap
+            rank=context.get_world_rank(), size=count, wrap=_wrap if count > 1 else Workers().wrap
         ),
     )
 

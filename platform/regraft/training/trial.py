@@ -18,7 +18,8 @@ from regraft.errors import InfeasibleTrialError
 from regraft.methods import Method, parse_method
 from regraft.models import ResolvedModel, load_tokenizer, pick_device, resolve
 from regraft.records import Cost, DatasetVersion, LossPoint, Record, TrialResult, TrialStatus, content_hash
-from regraft.tracking.runs import Tracker, TrialRun
+from regraft.tracking.runs import Tracker
+from regraft.tracking.trials import TrialRun
 from regraft.training.batches import encode
 from regraft.training.candidate import BaseCache, score, speed
 from regraft.training.loop import LoopSettings, Outcome, Workers, evaluation_loss, train
@@ -55,7 +56,14 @@ class TrialSpec(Record):
     @property
     def key(self) -> str:
         """Hash of what decides the result. A finished trial with this key is never run again."""
-        decisive = {"epochs", "tokens_per_batch", "max_length", "warmup_fraction", "max_gradient_norm", "seed"}
+        decisive = {
+            "epochs",
+            "tokens_per_batch",
+            "max_length",
+            "warmup_fraction",
+            "max_gradient_norm",
+            "seed",
+        }
         decisive |= {"workers_per_trial", "evaluations", "loss_examples"}
         return content_hash(
             {
@@ -103,7 +111,9 @@ def run_trial(
     tracker = Tracker(spec.tracking_uri, spec.experiment)
     run = None
     if workers.rank == 0:
-        params = spec.params | spec.sweep.model_dump(mode="json", include={"epochs", "tokens_per_batch", "seed"})
+        params = spec.params | spec.sweep.model_dump(
+            mode="json", include={"epochs", "tokens_per_batch", "seed"}
+        )
         run = tracker.start_trial(
             spec.sweep_run_id,
             sweep_id=spec.sweep_id,
@@ -124,7 +134,9 @@ def run_trial(
         raise
     except Exception as error:
         if _is_out_of_memory(error):
-            reason = f"out of memory: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
+            reason = (
+                f"out of memory: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
+            )
             _record(run, attempt.result("infeasible", reason))
             report({"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": reason})
             return
@@ -160,7 +172,7 @@ class _Attempt:
         base_model = resolve(spec.model.source, spec.model.revision)
         if base_model.revision != spec.base_revision:
             raise InfeasibleTrialError(
-                f"this node resolves {spec.model.source} to {base_model.revision}, the sweep to {spec.base_revision}"
+                f"this node has {spec.model.source} at {base_model.revision}, the sweep at {spec.base_revision}"
             )
         require_memory(method, base_model.path, spec.model.dtype, self.device, spec.sweep.trial_memory_gib)
         tokenizer = load_tokenizer(base_model.path)
@@ -170,7 +182,7 @@ class _Attempt:
         held_out = [encode(tokenizer, e, spec.sweep.max_length) for e in examples[::stride]]
         base = self.bases.take(method, base_model.path, spec.model.dtype, self.device)
         model = method.apply(base)
-        pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        pad_id = int(tokenizer.pad_token_id)
         if method.trains:
             rows = [encode(tokenizer, e, spec.sweep.max_length) for e in self.dataset.split("train")]
             outcome = train(
@@ -180,10 +192,16 @@ class _Attempt:
         else:
             with supervised_positions_only(base):
                 loss = evaluation_loss(
-                    model, held_out, tokens_per_batch=spec.sweep.tokens_per_batch, pad_id=pad_id, device=self.device
+                    model,
+                    held_out,
+                    tokens_per_batch=spec.sweep.tokens_per_batch,
+                    pad_id=pad_id,
+                    device=self.device,
                 )
             outcome = Outcome((), 0, 0.0)
-            self.points = [LossPoint(step=0, tokens_seen=0, train_loss=loss, eval_loss=loss, learning_rate=0.0)]
+            self.points = [
+                LossPoint(step=0, tokens_seen=0, train_loss=loss, eval_loss=loss, learning_rate=0.0)
+            ]
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.cost = Cost(
             train_seconds=outcome.seconds,
@@ -195,7 +213,9 @@ class _Attempt:
             return self.result("completed")
         return self._score(method, model, base_model, tokenizer, examples)
 
-    def _score(self, method: Method, model: Any, base_model: ResolvedModel, tokenizer: Any, examples: Any) -> TrialResult:
+    def _score(
+        self, method: Method, model: Any, base_model: ResolvedModel, tokenizer: Any, examples: Any
+    ) -> TrialResult:
         """Save what was trained, load it again as serving will, and score that."""
         import torch
 

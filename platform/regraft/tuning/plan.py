@@ -57,7 +57,9 @@ def plan_sweep(
 
 def by_ray_train(method: Method, experiment: Experiment) -> bool:
     """Whether a trial runs as Ray Train instead of inline in its Tune actor."""
-    return method.trains and (experiment.sweep.workers_per_trial > 1 or method.name in experiment.sweep.ray_train)
+    return method.trains and (
+        experiment.sweep.workers_per_trial > 1 or method.name in experiment.sweep.ray_train
+    )
 
 
 def describe(experiment: Experiment, base: Path) -> list[tuple[str, str, str]]:
@@ -66,7 +68,11 @@ def describe(experiment: Experiment, base: Path) -> list[tuple[str, str, str]]:
     for method in experiment.sweep.expanded():
         need = least_gib(method, base, experiment.model.dtype)
         limit = experiment.sweep.trial_memory_gib
-        where = f"Ray Train, {experiment.sweep.workers_per_trial} worker(s)" if by_ray_train(method, experiment) else "inline"
+        where = (
+            f"Ray Train, {experiment.sweep.workers_per_trial} worker(s)"
+            if by_ray_train(method, experiment)
+            else "inline"
+        )
         fits = "" if limit is None or need <= limit else f", over the limit of {limit:g}: infeasible"
         rows.append((method.label, where, f"≥ {need:.1f} GiB{fits}"))
     return rows

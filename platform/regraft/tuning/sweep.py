@@ -81,11 +81,15 @@ def run_sweep(
         say(f"running {len(remaining)} trials of {len(plan.specs)}")
         killed = _tune(experiment, dataset, remaining, storage, tracker, say)
     results = tuple(
-        r for s in plan.specs if (r := plan.finished.get(s.key) or tracker.find_trial(s.key) or killed.get(s.key))
+        r
+        for s in plan.specs
+        if (r := plan.finished.get(s.key) or tracker.find_trial(s.key) or killed.get(s.key))
     )
     if not any(r.status == "completed" for r in results):
         reasons = "\n".join(f"  {r.label}: {r.status}: {r.reason}" for r in results) or "  none left a record"
-        raise NothingCompletedError(f"no trial completed:\n{reasons}", "see the runs in MLflow; mend the cause and start again")
+        raise NothingCompletedError(
+            f"no trial completed:\n{reasons}", "see the runs in MLflow; mend the cause and start again"
+        )
     return plan, run_id, results
 
 
@@ -115,7 +119,8 @@ def _tune(
         for s in _in_order(specs, experiment)
     ]
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, dataset_ref=[ray.put(dataset)]), lambda config: _resources(config, experiment)
+        tune.with_parameters(_trial, dataset_ref=[ray.put(dataset)]),
+        lambda config: _resources(config, experiment),
     )
     tuner = tune.Tuner(
         trainable,
@@ -158,11 +163,12 @@ def _concurrency(experiment: Experiment) -> int:
         fits = min(fits, have.get("GPU", 0) / (sweep.gpus_per_trial * widest))
     if fits < 1:
         raise ServiceError(
-            f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; one trial asks for "
+            f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; a trial takes "
             f"{sweep.cpus_per_trial * widest:g} CPUs and {sweep.gpus_per_trial * widest:g} GPUs",
             "lower sweep.cpus_per_trial, sweep.gpus_per_trial or sweep.workers_per_trial, or add nodes",
         )
-    return min(math.floor(fits), sweep.max_concurrent or math.floor(fits))
+    bound: int = math.floor(fits)
+    return min(bound, sweep.max_concurrent or bound)
 
 
 def _resources(config: dict[str, Any], experiment: Experiment) -> tune.PlacementGroupFactory:
@@ -188,7 +194,9 @@ def _trial(config: dict[str, Any], dataset_ref: list[Any]) -> None:
         except InfeasibleTrialError as error:
             tracker = Tracker(spec.tracking_uri, spec.experiment)
             tracker.close_trial(spec.sweep_id, spec.key, status="failed", reason=error.problem)
-            tune.report({"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": error.problem})
+            tune.report(
+                {"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": error.problem}
+            )
         return
     import torch
 
@@ -232,11 +240,14 @@ class _Progress(tune.Callback):  # type: ignore[misc]
         self._started[trial.trial_id] = time.monotonic()
         self._say(f"started {self._spec(trial).parsed.label}")
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         spec = self._spec(trial)
         if result.get("status") == "training":
             self._say(
-                f"  {spec.parsed.label}: {result['point']}/{spec.sweep.evaluations} eval loss {result['eval_loss']:.3f}"
+                f"  {spec.parsed.label}: {result['point']}/{spec.sweep.evaluations}, "
+                f"eval loss {result['eval_loss']:.3f}"
             )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -275,13 +286,12 @@ class _Progress(tune.Callback):  # type: ignore[misc]
             eval_loss=last.get("eval_loss"),
             cost=Cost(train_seconds=float(last.get("time_total_s", 0.0))),
         )
-        run_id = self._tracker.close_trial(spec.sweep_id, spec.key, status=status, reason=reason, result=record)
+        run_id = self._tracker.close_trial(
+            spec.sweep_id, spec.key, status=status, reason=reason, result=record
+        )
         self.records[spec.key] = record.model_copy(update={"run_id": run_id or ""})
 
 
 def _last_line(file: str) -> str:
     lines = [line for line in Path(file).read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
-
-
-
