@@ -91,9 +91,7 @@ def _check_turns(example: Example) -> None:
     for index, role in enumerate(roles[start:], start=start):
         expected = "user" if (index - start) % 2 == 0 else "assistant"
         if role != expected:
-            raise ValueError(
-                f"messages.{index}.role: is {role!r}; after a system turn, if any, user and assistant alternate"
-            )
+            raise ValueError(f"messages.{index}.role: is {role!r}, but user and assistant must alternate")
     if roles[-1] != "assistant":
         raise ValueError(f"messages.{len(roles) - 1}.role: the last turn must be the assistant's answer")
     for index, message in enumerate(example.messages):

@@ -57,7 +57,7 @@ def judge(
         outcome = "promote"
         reason = (
             f"{objective} {overall.incumbent_mean:.3f} → {overall.challenger_mean:.3f} "
-            f"over {overall.examples} examples, advantage {overall.low:+.3f} to {overall.high:+.3f} at {level:.0%}"
+            f"over {overall.examples} examples, by {overall.low:+.3f} to {overall.high:+.3f} at {level:.0%}"
         )
     elif overall.high < 0:
         outcome, reason = (

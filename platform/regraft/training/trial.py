@@ -172,7 +172,7 @@ class _Attempt:
         base_model = resolve(spec.model.source, spec.model.revision)
         if base_model.revision != spec.base_revision:
             raise InfeasibleTrialError(
-                f"this node has {spec.model.source} at {base_model.revision}, the sweep at {spec.base_revision}"
+                f"the base here is {base_model.revision}, that of the sweep {spec.base_revision}"
             )
         require_memory(method, base_model.path, spec.model.dtype, self.device, spec.sweep.trial_memory_gib)
         tokenizer = load_tokenizer(base_model.path)
