@@ -55,6 +55,14 @@ def check(path: ExperimentPath = EXAMPLE) -> None:
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON schema of regraft.yaml, for editors."""
+    from jobs.reference import schema as text
+
+    typer.echo(text())
+
+
+@app.command()
 def sweep(
     path: ExperimentPath = EXAMPLE,
     promote: Annotated[bool, typer.Option(help="Put the winner before the gate.")] = True,

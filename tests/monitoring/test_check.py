@@ -27,9 +27,9 @@ def reference(tmp_path_factory) -> Reference:
 
 @pytest.fixture(scope="module")
 def storm() -> list[CapturedExchange]:
-    made = rows(NEW, 69, 5, "n")
-    made += [
-        Row(id=f"<b>{HOSTILE}", prompt=f"rocket orbit lunar comet {HOSTILE}", output=f"rocket reef {HOSTILE}")
+    made = [
+        Row(id=f"{row.id}{HOSTILE}", prompt=f"{row.prompt} {HOSTILE}", output=f"{row.output} {HOSTILE}")
+        for row in rows(NEW, 70, 5, "n")
     ]
     return [exchange(row, second=i) for i, row in enumerate(made)]
 
@@ -138,7 +138,7 @@ def test_a_browser_shows_the_decision_and_evidentlys_columns(page):
             view.goto(page.as_uri())
             assert view.locator("#regraft-decision h1").inner_text() == "Drift"
             assert view.locator("#regraft-decision").bounding_box()["y"] < 100
-            view.get_by_text("Value drift for answer_length").first.wait_for(timeout=30_000)
+            view.get_by_text("Drift in column 'answer_length'").first.wait_for(timeout=30_000)
             view.get_by_text("Calibrated drift test (this one decides)").first.wait_for(timeout=30_000)
             assert view.evaluate("window.hacked") is None
         finally:

@@ -1,0 +1,107 @@
+"""The configuration reference and the JSON schema, generated from the classes that read the YAML.
+
+`python -m jobs.reference` writes docs/configuration.md; a test holds the file against what this gives.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from regraft.config import Experiment
+from regraft.evals import AnyMetric
+from regraft.methods import METHOD_CLASSES
+
+_INTRO = """# Configuration
+
+Written by `python -m jobs.reference` from the classes that read the file; do not edit it by hand.
+
+One YAML describes an experiment. Unknown keys are errors, and `regraft check PATH` validates all of it
+without starting anything. Relative paths are taken from the folder of the YAML. `regraft schema` prints the
+JSON schema for editors.
+"""
+_METHODS = """## Methods
+
+An entry of `sweep.methods` names a method and sets its fields. Any field may be a value, a list (a grid), or
+a range that is drawn `sweep.samples` times: `{loguniform: [1e-5, 1e-3]}` or `{uniform: [0, 0.1]}`.
+"""
+
+
+def schema() -> str:
+    """The JSON schema of `regraft.yaml`."""
+    return json.dumps(Experiment.model_json_schema(), indent=1)
+
+
+def markdown() -> str:
+    """The reference as Markdown."""
+    parts = [_INTRO]
+    for name, field in Experiment.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            doc = " ".join((section.__doc__ or "").split())
+            parts.append(f"## `{name}`\n\n{doc}\n\n{_table(section)}")
+    asha = Experiment.model_fields["sweep"].annotation
+    for name, field in asha.model_fields.items():  # type: ignore[union-attr]
+        nested = next((t for t in get_args(field.annotation) if _is_model(t)), None)
+        if nested is not None:
+            doc = " ".join((nested.__doc__ or "").split())
+            parts.append(f"### `sweep.{name}`\n\n{doc}\n\n{_table(nested)}")
+    parts.append(_METHODS)
+    for method in METHOD_CLASSES:
+        parts.append(_variant(method))
+    parts.append("## Metrics\n\nEntries of `evaluate.metrics`; the names they give are what `select` uses.\n")
+    for metric in get_args(get_args(AnyMetric)[0]):
+        gives = ", ".join(f"`{name}`" for name in metric.outputs)
+        parts.append(f"- `{metric.model_fields['name'].default}` gives {gives}. {_first_line(metric)}")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _variant(cls: type[BaseModel]) -> str:
+    return f"### `{cls.model_fields['name'].default}`\n\n{_first_line(cls)}\n\n{_table(cls, skip=('name',))}"
+
+
+def _table(cls: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
+    rows = ["| key | type | default | |", "|---|---|---|---|"]
+    for name, field in cls.model_fields.items():
+        if name in skip or field.exclude:
+            continue
+        words = (field.description or "").replace("|", "\\|")
+        rows.append(f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {words} |")
+    return "\n".join(rows) + "\n"
+
+
+def _type(annotation: Any) -> str:
+    text = getattr(annotation, "__name__", None) if isinstance(annotation, type) else None
+    text = text if text and not get_args(annotation) else str(annotation)
+    for noise in ("typing.", "pathlib.", "regraft.config.", "regraft.evals.", "<class '", "'>"):
+        text = text.replace(noise, "")
+    if "discriminator" in text:
+        text = "list of metrics"
+    return "`" + text.replace("|", "\\|").replace("NoneType", "null").replace("None", "null") + "`"
+
+
+def _default(field: Any) -> str:
+    if field.default_factory is not None:
+        return "see below"
+    if field.default is PydanticUndefined:
+        return "required"
+    value = field.default
+    if isinstance(value, BaseModel):
+        return "see below"
+    return f"`{json.dumps(value, default=str)}`"
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())
