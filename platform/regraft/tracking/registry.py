@@ -68,7 +68,12 @@ class Registry:
             "run_id": result.run_id,
         }
         raw = self._client.create_model_version(
-            name, f"{_SOURCE}{model_id}", run_id=result.run_id, tags=tags, model_id=model_id
+            name,
+            f"{_SOURCE}{model_id}",
+            run_id=result.run_id,
+            tags=tags,
+            model_id=model_id,
+            await_creation_for=0,  # the SQL store creates at once; waiting only writes a line about it
         )
         return _version(raw)
 

@@ -67,12 +67,12 @@ def _state(quality: list[str]) -> dict[str, Any]:
         _chart(
             "PARALLEL",
             lead,
-            f"Settings and {first}",
-            selectedParams=list(PARAMS),
+            # A run that lacks one of the axes is left out, and most methods have no rank.
+            selectedParams=["method", "learning_rate"],
             selectedMetrics=["cost/train_seconds", first],
             showAllRuns=True,
         ),
-        _chart("BAR", lead, first, metricKey=first),
+        _chart("BAR", lead, metricKey=first),
         *(_scatter(lead, cost, first) for cost in ("cost/train_seconds", "speed/latency_p95_ms")),
         *(_line(curves, metric) for metric in ("train/loss", "eval/loss")),
     ]
@@ -118,11 +118,10 @@ def _section(number: int) -> str:
     return f"{VIEW_ID}-section-{number}"
 
 
-def _chart(kind: str, section: str, title: str, **settings: Any) -> dict[str, Any]:
+def _chart(kind: str, section: str, **settings: Any) -> dict[str, Any]:
     return {
         "type": kind,
         "metricSectionId": section,
-        "displayName": title,
         "runsCountToCompare": 100,
         "deleted": False,
         "isGenerated": False,
@@ -132,14 +131,13 @@ def _chart(kind: str, section: str, title: str, **settings: Any) -> dict[str, An
 
 def _scatter(section: str, cost: str, quality: str) -> dict[str, Any]:
     axes = {"xaxis": {"key": cost, "type": "METRIC"}, "yaxis": {"key": quality, "type": "METRIC"}}
-    return _chart("SCATTER", section, f"{quality} against {cost}", **axes)
+    return _chart("SCATTER", section, **axes)
 
 
 def _line(section: str, metric: str) -> dict[str, Any]:
     return _chart(
         "LINE",
         section,
-        metric,
         metricKey=metric,
         selectedMetricKeys=[metric],
         lineSmoothness=0,

@@ -1,0 +1,216 @@
+"""The loop on SmolLM2, through the command line, as a user runs it; then what a person sees in a browser."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+REGRAFT = [sys.executable, "-m", "jobs.cli"]
+CHROMIUM = next(
+    (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
+)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+def _regraft(cwd: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [*REGRAFT, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=_environment(cwd),
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-6000:]
+    return output
+
+
+def _environment(cwd: Path) -> dict[str, str]:
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
+    return keep | {"REGRAFT_WORKSPACE": str(cwd / ".regraft"), "COLUMNS": "160"}
+
+
+def _processes_of(cwd: Path) -> list[str]:
+    """Command lines of processes that belong to a workspace."""
+    return [
+        " ".join(process.info["cmdline"] or [])[:200]
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if (process.info["environ"] or {}).get("REGRAFT_WORKSPACE") == str(cwd / ".regraft")
+    ]
+
+
+def _free_ports(count: int) -> list[int]:
+    import socket
+
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [p.getsockname()[1] for p in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The bundled example, cut down to minutes, played through once."""
+    cwd = tmp_path_factory.mktemp("loop")
+    shutil.copytree(ROOT / "examples" / "utility-support", cwd / "case")
+    file = cwd / "case" / "regraft.yaml"
+    experiment = yaml.safe_load(file.read_text())
+    tracking, dashboard, endpoint = _free_ports(3)
+    experiment["sweep"] |= {
+        "methods": [
+            {"name": "zero_shot"},
+            {"name": "full", "learning_rate": 5.0e-5},
+            {"name": "lora", "rank": 8, "learning_rate": 2.0e-3},
+        ],
+        "epochs": 0.3,
+        "loss_examples": 12,
+    }
+    experiment["evaluate"] |= {"max_new_tokens": 24, "latency_prompts": 1}
+    experiment["retrain"]["epochs"] = 0.8
+    experiment |= {"tracking": {"port": tracking}, "cluster": {"dashboard_port": dashboard}}
+    experiment["serve"] |= {"port": endpoint}
+    file.write_text(yaml.safe_dump(experiment))
+    return cwd, _regraft(cwd, "quickstart", "case")
+
+
+def _journal(cwd: Path, stage: str) -> dict:
+    (file,) = (cwd / ".regraft" / "journal").glob(f"{stage}-*.json")
+    return json.loads(file.read_text())
+
+
+def test_the_quickstart_leaves_nothing_running(played):
+    cwd, _ = played
+    assert _processes_of(cwd) == []
+
+
+def test_the_winner_beat_the_control_and_became_champion(played):
+    cwd, output = played
+    sweep = _journal(cwd, "sweep")
+    assert sweep["decision"]["outcome"] == "promote"
+    assert sweep["decision"]["incumbent"] == "the untuned base"
+    (overall, *_) = sweep["decision"]["evidence"]
+    assert overall["low"] > 0
+    assert "utility-support/1 is the champion" in output
+
+
+def test_the_ordinary_week_is_stable_and_the_storm_week_drifts(played):
+    cwd, _ = played
+    ordinary, storm = _journal(cwd, "ordinary"), _journal(cwd, "storm")
+    assert (ordinary["report"]["status"], ordinary["decision"]["action"]) == ("stable", "nothing")
+    assert (storm["report"]["status"], storm["decision"]["action"]) == ("drift", "retrain")
+    assert ordinary["report"]["rows"] == 100
+    assert storm["report"]["rows"] == 120
+    assert storm["report"]["run_id"]
+
+
+def test_the_retrained_challenger_passed_the_gate_on_both_sets(played):
+    cwd, output = played
+    done = _journal(cwd, "retraining")
+    assert done["version"]["version"] == 2
+    assert done["decision"]["outcome"] == "promote", done["decision"]["reason"]
+    by_set = {c["split"]: c for c in done["decision"]["evidence"]}
+    assert set(by_set) == {"all sets", "evaluation", "storm"}
+    assert by_set["storm"]["challenger_mean"] > by_set["storm"]["incumbent_mean"]
+    assert "the endpoint answers from utility-support/2" in output
+
+
+def test_a_second_quickstart_finds_everything_and_runs_nothing(played):
+    cwd, _ = played
+    output = _regraft(cwd, "quickstart", "case")
+    assert "finished already" in output
+    assert "started" not in output
+    assert _processes_of(cwd) == []
+
+
+@pytest.fixture(scope="module")
+def running(played):
+    """`regraft up` after the loop, with the URLs that it printed."""
+    cwd, _ = played
+    output = _regraft(cwd, "up", "case")
+    yield cwd, dict(re.findall(r"^(MLflow|Ray|endpoint) +(http\S+)", output, flags=re.MULTILINE))
+    _regraft(cwd, "down")
+    assert _processes_of(cwd) == []
+
+
+def test_up_serves_the_newest_champion_to_the_openai_client(running):
+    from openai import OpenAI
+
+    _, urls = running
+    client = OpenAI(base_url=urls["endpoint"], api_key="unused")
+    messages = [{"role": "user", "content": "When is my bill due?"}]
+    answer = client.chat.completions.create(model="utility-support", messages=messages, max_tokens=24)
+    assert answer.model == "utility-support/2"
+    assert answer.choices[0].message.content
+    chunks = client.chat.completions.create(
+        model="utility-support", messages=messages, max_tokens=24, stream=True
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == answer.choices[0].message.content
+
+
+def test_rollback_moves_the_endpoint_back_without_a_restart(running):
+    from jobs.serve import wait_for_champion
+
+    cwd, urls = running
+    base = urls["endpoint"].removesuffix("/v1")
+    _regraft(cwd, "rollback", "case", "1")
+    wait_for_champion(base, "utility-support", 1)
+    _regraft(cwd, "rollback", "case", "2")
+    wait_for_champion(base, "utility-support", 2)
+    assert httpx.get(f"{base}/health").status_code == 200
+
+
+@pytest.fixture
+def page():
+    from playwright.sync_api import sync_playwright
+
+    quiet = (
+        "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+    )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=[*quiet.split(), "--no-first-run"]
+        )
+        yield browser.new_page(viewport={"width": 1600, "height": 1000})
+        browser.close()
+
+
+@needs_browser
+def test_the_leaderboard_link_shows_every_trial_with_its_score(running, page):
+    _, urls = running
+    page.goto(urls["MLflow"])
+    for label in ("zero_shot", "full lr=5e-05", "lora rank=8 lr=0.002"):
+        page.get_by_text(label, exact=True).first.wait_for(timeout=60_000)
+    page.get_by_text("eval/rougeL").first.wait_for(timeout=60_000)
+    if folder := os.environ.get("REGRAFT_SCREENSHOTS"):
+        page.wait_for_load_state("networkidle")
+        page.screenshot(path=f"{folder}/leaderboard.png")
+
+
+@needs_browser
+def test_the_storm_report_says_drift_on_top_and_why(played, page):
+    cwd, _ = played
+    storm = _journal(cwd, "storm")
+    page.goto(Path(storm["html"]).as_uri())
+    page.get_by_text("Drift over 120 exchanges", exact=False).first.wait_for(timeout=60_000)
+    body = page.locator("body").inner_text()
+    assert "utility-support" in body
+    assert f"{storm['report']['p_value']:.3f}" in body or "0.003" in body
+    if folder := os.environ.get("REGRAFT_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/drift.png")

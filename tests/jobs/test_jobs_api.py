@@ -1,0 +1,61 @@
+"""The sweep as a Ray job, as a person on a cluster submits it."""
+
+from pathlib import Path
+
+import pytest
+
+from regraft.cluster.jobs import cancel, client, follow, submit_once
+from regraft.cluster.local import start_local_ray, stop_local_ray
+from regraft.tracking.registry import Registry
+from regraft.tracking.server import start_server, stop_server
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("services")
+    server = start_server(folder / "mlflow", "127.0.0.1", 0)
+    environment = {"MLFLOW_TRACKING_URI": server.url}
+    ray = start_local_ray(
+        folder / "ray", num_cpus=2, num_gpus=None, dashboard_port=0, environment=environment
+    )
+    yield server.url, ray.dashboard_url, environment
+    stop_local_ray(ray.pid)
+    stop_server(server.pid)
+
+
+def test_a_sweep_runs_as_a_job_and_a_second_submission_is_recognised(services, tiny_experiment: Path):
+    uri, jobs, environment = services
+    command = f"python {ROOT}/jobs/sweep.py {tiny_experiment}/regraft.yaml"
+    runtime = {"env_vars": environment}
+    assert submit_once(jobs, "sweep-once", command, runtime_env=runtime, metadata={"case": "tiny"})
+    assert not submit_once(jobs, "sweep-once", command, runtime_env=runtime)
+    lines: list[str] = []
+    assert follow(jobs, "sweep-once", lines.append) == "SUCCEEDED", "\n".join(lines[-40:])
+    assert any("Leaderboard of sweep-" in line for line in lines)
+    assert any("compare the runs: http" in line for line in lines)
+    # Whatever the gate said of a model that answers nonsense, the winner was registered.
+    assert len(Registry(uri, tiny_experiment / "cache").versions("tiny")) == 1
+
+
+def test_a_job_with_bad_input_fails_with_the_message_alone(services, tmp_path: Path):
+    _, jobs, environment = services
+    bad = tmp_path / "regraft.yaml"
+    bad.write_text("name: x\nmodle: {}\n")
+    submit_once(jobs, "bad", f"python {ROOT}/jobs/sweep.py {bad}", runtime_env={"env_vars": environment})
+    lines: list[str] = []
+    assert follow(jobs, "bad", lines.append) == "FAILED"
+    text = "\n".join(lines)
+    assert f"{bad}:2: modle: unknown key; did you mean 'model'?" in text
+    assert "Traceback" not in text
+
+
+def test_a_cancelled_job_ends_as_stopped(services):
+    _, jobs, _ = services
+    submit_once(jobs, "endless", "python -c 'import threading; threading.Event().wait()'")
+    api = client(jobs)
+    while str(api.get_job_status("endless")) == "PENDING":
+        pass  # each look is a request: this waits for the state, not for a time
+    assert cancel(jobs, "endless")
+    assert follow(jobs, "endless", lambda _: None) == "STOPPED"
