@@ -38,7 +38,7 @@ from regraft.records import (
     content_hash,
 )
 
-STAGES = ("model", "data", "sweep", "selection", "serving", "ordinary traffic", "storm week", "retraining")
+STAGES = ("data", "model", "sweep", "selection", "serving", "ordinary traffic", "storm week", "retraining")
 ORDINARY = 100
 
 
@@ -71,7 +71,6 @@ class Quickstart:
     def run(self) -> None:
         """All stages, and what they came to."""
         experiment = self.experiment
-        self._timed("model", self._model)
         dataset = self._timed("data", self._data)
         self.key = content_hash(
             [experiment.model_dump(mode="json", exclude={"tracking", "cluster"}), dataset.id], 12
@@ -82,6 +81,7 @@ class Quickstart:
             self._summary()
             return
         check_ports(experiment, self.workspace)
+        self._timed("model", self._model)
         with connected(experiment, self.workspace, say) as connection:
             version = self._timed("sweep", lambda: self._sweep(dataset, connection))
             self._timed("serving", lambda: self._serve(connection))

@@ -122,10 +122,10 @@ def test_the_leaderboard_shows_every_trial_with_its_quality(url, tmp_path):
             page.screenshot(path=tmp_path / "leaderboard.png")
             page.locator("label:has(input[value=CHART])").click()
             for title in (
-                "Leaderboard (4)",
+                "Leaderboard",
                 "Parallel Coordinates",
                 "cost/train_seconds vs. eval/rougeL",
-                "Learning curves (2)",
+                "Learning curves",
             ):
                 expect(page.get_by_text(title, exact=True).first).to_be_visible()
             expect(page.locator(".js-plotly-plot").first).to_be_visible()
