@@ -51,8 +51,7 @@ def markdown() -> str:
             doc = " ".join((nested.__doc__ or "").split())
             parts.append(f"### `sweep.{name}`\n\n{doc}\n\n{_table(nested)}")
     parts.append(_METHODS)
-    for method in METHOD_CLASSES:
-        parts.append(_variant(method))
+    parts += [_variant(method) for method in METHOD_CLASSES]
     parts.append("## Metrics\n\nEntries of `evaluate.metrics`; the names they give are what `select` uses.\n")
     for metric in get_args(get_args(AnyMetric)[0]):
         gives = ", ".join(f"`{name}`" for name in metric.outputs)

@@ -16,7 +16,7 @@ TEMPLATE = (
 )
 LINES = [
     "The meter reading is due on the first of the month.",
-    "Who pays for the repair of the line? We answer briefly and correctly.",
+    "Ärger über die Rechnung? Wir helfen gern → schnell und freundlich 😀.",
     "system user assistant Hello, how can I help you today?",
 ]
 

@@ -68,5 +68,7 @@ def test_command_and_all_its_parameters_have_help(name: str) -> None:
 def test_script_in_jobs_shadows_no_library(file: str) -> None:
     # `python jobs/x.py` puts jobs/ first on the path.
     assert file not in sys.stdlib_module_names
-    elsewhere = [p for p in sys.path if p and Path(p).resolve() not in (ROOT / "jobs", ROOT, ROOT / "platform")]
+    elsewhere = [
+        p for p in sys.path if p and Path(p).resolve() not in (ROOT / "jobs", ROOT, ROOT / "platform")
+    ]
     assert importlib.machinery.PathFinder.find_spec(file, elsewhere) is None

@@ -216,10 +216,11 @@ def test_loss_of_a_token_does_not_depend_on_how_rows_are_batched(
     tiny_model: Path, rows: list[Encoded]
 ) -> None:
     base, model = prepared(tiny_model, "lora")
-    found = []
     with supervised_positions_only(base):
-        for budget in (1, 100, 10_000):
-            found.append(evaluation_loss(model, rows, tokens_per_batch=budget, pad_id=0, device="cpu"))
+        found = [
+            evaluation_loss(model, rows, tokens_per_batch=budget, pad_id=0, device="cpu")
+            for budget in (1, 100, 10_000)
+        ]
         one_by_one = [
             float(model(**collate([row], 0)._asdict()).loss.detach()) for row in rows
         ]  # fmt: skip
@@ -357,7 +358,7 @@ def test_memory_bound_follows_the_weights_and_what_is_trained(tiny_model: Path) 
     needs = [least_gib(m, tiny_model, "bfloat16") for m in (QLoRA(), LoRA(), Full())]
     assert needs == sorted(needs)
     with pytest.raises(
-        InfeasibleTrialError, match=r"full lr=2e-05 needs at least .* trial_memory_gib is 0\.1"
+        InfeasibleTrialError, match=r"full lr=2e-05 needs at least .*trial_memory_gib is 0\.1"
     ):
         require_memory(Full(), tiny_model, "bfloat16", "cpu", 0.1)
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def services(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("services")
     server = start_server(folder / "mlflow", "127.0.0.1", 0)
-    environment = {"MLFLOW_TRACKING_URI": server.url}
+    environment = {"MLFLOW_TRACKING_URI": server.url, "REGRAFT_WORKSPACE": str(folder / "workspace")}
     ray = start_local_ray(
         folder / "ray", num_cpus=2, num_gpus=None, dashboard_port=0, environment=environment
     )

@@ -11,15 +11,6 @@ from regraft.errors import ModelError
 from regraft.methods import parse_method
 from regraft.records import ModelVersion
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LINES = [
-    "The meter reading is due on the first of the month.",
-    "Ärger über die Rechnung? Wir helfen gern → schnell und freundlich 😀.",
-    "system user assistant Hello, how can I help you today?",
-]
 SETTINGS: dict[str, dict[str, object]] = {
     "base": {"name": "zero_shot"},
     "lora": {"name": "lora", "rank": 4},
@@ -29,50 +20,9 @@ SETTINGS: dict[str, dict[str, object]] = {
 
 
 @pytest.fixture(scope="session")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama with a byte-level tokenizer and a chat template."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    raw.train_from_iterator(
-        LINES,
-        trainers.BpeTrainer(
-            vocab_size=330,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<|pad|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=special[1:2],
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,  # large enough for answers that differ from prompt to prompt
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def base_folder(tiny_model: Path) -> Path:
+    """The tiny random model that all tests share."""
+    return tiny_model
 
 
 @pytest.fixture(scope="session")

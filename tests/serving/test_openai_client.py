@@ -42,7 +42,7 @@ class Here(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def here(  # noqa: PLR0917
+def here(
     base_folder: Path,
     adapters: dict[str, Path],
     method_settings: dict[str, dict[str, object]],

@@ -67,7 +67,7 @@ def register(url: str, cache: Path, *, key: str, settings: dict[str, Any], folde
     return Registry(url, cache).register("support", result).version
 
 
-def test_the_endpoint_on_ray_serve_follows_the_alias(  # noqa: PLR0917
+def test_the_endpoint_on_ray_serve_follows_the_alias(
     local_ray: None,
     mlflow_url: str,
     base_folder: Path,

@@ -140,7 +140,7 @@ class Tracker:
         sweep_id: str,
         key: str,
         *,
-        status: Literal["stopped", "failed"],
+        status: Literal["stopped", "failed", "infeasible"],
         reason: str,
         result: TrialResult | None = None,
     ) -> str | None:

@@ -82,6 +82,22 @@ class TrialSpec(Record):
         fields = {("method" if k == "name" else k): v for k, v in self.method.items()}
         return fields | {"base_model": self.model.source, "base_revision": self.base_revision}
 
+    def result(self, status: TrialStatus, reason: str = "", **known: Any) -> TrialResult:
+        """A record of this trial, with whatever else is known of it."""
+        return TrialResult(
+            key=self.key,
+            sweep_id=self.sweep_id,
+            run_id=known.pop("run_id", ""),
+            label=self.parsed.label,
+            method=self.method,
+            base_model=self.model.source,
+            base_revision=self.base_revision,
+            dataset_id=self.dataset_id,
+            status=status,
+            reason=reason,
+            **known,
+        )
+
     @property
     def points(self) -> int:
         """Progress points of a whole trial: the evaluations, and the end."""
@@ -272,18 +288,10 @@ class _Attempt:
 
     def result(self, status: TrialStatus, reason: str = "") -> TrialResult:
         """The record as far as it is known."""
-        spec = self.spec
-        return TrialResult(
-            key=spec.key,
-            sweep_id=spec.sweep_id,
+        return self.spec.result(
+            status,
+            reason,
             run_id=self.run.run_id if self.run else "",
-            label=spec.parsed.label,
-            method=spec.method,
-            base_model=spec.model.source,
-            base_revision=spec.base_revision,
-            dataset_id=spec.dataset_id,
-            status=status,
-            reason=reason,
             eval_loss=next((p.eval_loss for p in reversed(self.points) if p.eval_loss is not None), None),
             cost=self.cost,
         )

@@ -192,8 +192,6 @@ def _trial(config: dict[str, Any], dataset_ref: list[Any]) -> None:
             name = f"{spec.sweep_id}-{tune.get_context().get_trial_id()}"
             run_with_ray_train(spec, dataset_ref, name=name, storage=arm["storage"])
         except InfeasibleTrialError as error:
-            tracker = Tracker(spec.tracking_uri, spec.experiment)
-            tracker.close_trial(spec.sweep_id, spec.key, status="failed", reason=error.problem)
             tune.report(
                 {"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": error.problem}
             )
@@ -256,6 +254,8 @@ class _Progress(tune.Callback):  # type: ignore[misc]
         if status == "training":
             status = "stopped"
             self._record(trial, "stopped", STOPPED_REASON)
+        elif status == "infeasible":  # for want of workers, no trial may ever have run
+            self._record(trial, "infeasible", str(last.get("reason", "")))
         self._end(trial, status, str(last.get("reason", "")))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -269,20 +269,12 @@ class _Progress(tune.Callback):  # type: ignore[misc]
         words = f"{status} {self._spec(trial).parsed.label} in {took:.0f} s ({self._done}/{self._total})"
         self._say(f"{words}: {reason}" if reason else words)
 
-    def _record(self, trial: Any, status: Literal["stopped", "failed"], reason: str) -> None:
+    def _record(self, trial: Any, status: Literal["stopped", "failed", "infeasible"], reason: str) -> None:
         """Close the run of a trial whose process is gone; an inline trial has done so itself."""
         spec, last = self._spec(trial), trial.last_result or {}
-        record = TrialResult(
-            key=spec.key,
-            sweep_id=spec.sweep_id,
-            run_id="",
-            label=spec.parsed.label,
-            method=spec.method,
-            base_model=spec.model.source,
-            base_revision=spec.base_revision,
-            dataset_id=spec.dataset_id,
-            status=status,
-            reason=reason,
+        record = spec.result(
+            status,
+            reason,
             eval_loss=last.get("eval_loss"),
             cost=Cost(train_seconds=float(last.get("time_total_s", 0.0))),
         )
