@@ -80,6 +80,7 @@ class TrialSpec(Record):
     def params(self) -> dict[str, Any]:
         """What people compare trials by: `method`, its fields, and the base model."""
         fields = {("method" if k == "name" else k): v for k, v in self.method.items()}
+        fields.setdefault("learning_rate", 0.0)  # the control's: a chart leaves out runs that lack an axis
         return fields | {"base_model": self.model.source, "base_revision": self.base_revision}
 
     def result(self, status: TrialStatus, reason: str = "", **known: Any) -> TrialResult:
