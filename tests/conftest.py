@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,3 +79,14 @@ def tiny_tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
 def example_folder() -> Path:
     """The example that comes with the project."""
     return Path(__file__).parents[1] / "examples" / "utility-support"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch: more of them only wait for each other on matrices this small."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

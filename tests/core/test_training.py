@@ -29,6 +29,8 @@ from regraft.training.trial import TrialSpec, run_trial
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS: dict[str, dict[str, object]] = {
     "base": {"name": "full"},
     "lora": {"name": "lora", "rank": 4},
