@@ -237,7 +237,7 @@ class Experiment(Section):
         names = {key for metric in self.evaluate.metrics for key in metric.outputs}
         if self.select.maximise not in names:
             raise ValueError(
-                f"select.maximise is {self.select.maximise!r}, but evaluate.metrics gives {sorted(names)}"
+                f"select.maximise: is {self.select.maximise!r}, but evaluate.metrics gives {sorted(names)}"
             )
         return self
 
@@ -256,6 +256,8 @@ class Experiment(Section):
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}", "give the path of a regraft.yaml") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: byte {error.start} is not UTF-8", "save the file as UTF-8") from error
         try:
             tree = yaml.compose(text, Loader=yaml.SafeLoader)
             raw = yaml.safe_load(text)
@@ -299,7 +301,7 @@ class Experiment(Section):
         for index, entry in enumerate(self.sweep.methods):
             where = ("sweep", "methods", index)
             try:
-                expand(entry, samples=1, seed=self.sweep.seed)
+                expand(entry, samples=self.sweep.samples, seed=self.sweep.seed)
             except SearchError as error:
                 raise ConfigError(
                     f"{_place(path, tree, (*where, error.field))}: {_dotted((*where, error.field))}: {error}",
@@ -352,6 +354,9 @@ def _explain(path: Path, tree: Any, error: ValidationError, model: type[BaseMode
     for item in error.errors():
         loc = item["loc"]
         problem = item["msg"].removeprefix("Value error, ")
+        field, colon, rest = problem.partition(": ")
+        if not loc and colon:  # a check across sections names its field itself
+            loc, problem = tuple(field.split(".")), rest
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(loc[-1]), _keys_at(model, loc[:-1]), n=1)
             problem = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
@@ -376,8 +381,11 @@ def _explain_method(
     path: Path, tree: Any, where: tuple[Any, ...], entry: dict[str, Any], error: ValidationError
 ) -> ConfigError:
     classes = {str(c.model_fields["name"].default): c for c in METHOD_CLASSES}
-    name = entry.get("name")
-    if name not in classes:
+    names = entry.get("name")
+    name = (
+        next((n for n in names if n not in classes), names[0]) if isinstance(names, list) and names else names
+    )
+    if not isinstance(name, str) or name not in classes:
         close = difflib.get_close_matches(str(name), list(classes), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return ConfigError(
@@ -386,12 +394,13 @@ def _explain_method(
         )
     lines = []
     for item in error.errors():
+        name = str(item["loc"][0])  # which of several names it was
         field = next((p for p in item["loc"][1:] if isinstance(p, str)), "")
         problem = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(field, list(classes[str(name)].model_fields), n=1)
+            close = difflib.get_close_matches(field, list(classes[name].model_fields), n=1)
             problem = f"{name} has no field {field!r}" + (f"; did you mean {close[0]!r}?" if close else "")
         loc = (*where, field)
         lines.append(f"{_place(path, tree, loc)}: {_dotted(loc)}: {problem}")
-    fields = ", ".join(classes[str(name)].model_fields)
+    fields = ", ".join(classes[name].model_fields)
     return ConfigError("\n".join(lines), f"{name} takes {fields}")

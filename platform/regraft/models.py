@@ -218,6 +218,8 @@ def dequantise(gguf: Path, into: Path) -> None:
 @cache
 def _verify(folder: Path) -> None:
     """Hold the stored files against their checksums, once a process."""
+    if not (folder / MANIFEST).is_file():
+        raise ModelError(f"{folder} has no {MANIFEST}: it is damaged", f"delete {folder}; it is made again")
     for name, expected in json.loads((folder / MANIFEST).read_text()).items():
         file = folder / name
         if not file.is_file() or _sha256(file) != expected:

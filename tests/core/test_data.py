@@ -10,7 +10,7 @@ import pytest
 
 from regraft.config import DataSection, Experiment
 from regraft.data.chats import read_chats, write_chats
-from regraft.data.checks import exact_duplicates, find_leaks, prompt_words
+from regraft.data.checks import find_leaks, prompt_words, without_repeats
 from regraft.data.dataset import load_dataset, make_dataset, union_of_evaluations
 from regraft.errors import DataError
 from regraft.records import DatasetVersion, Example, Message
@@ -115,9 +115,6 @@ def test_written_chats_are_read_back_unchanged(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["file.jsonl"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="read_chats splits at U+2028 and U+0085 too, which JSON leaves as they are"
-)
 @pytest.mark.parametrize("separator", ["\u2028", "\x85"])
 def test_line_separators_inside_a_text_do_not_end_the_line(tmp_path: Path, separator: str) -> None:
     example = chat(f"one{separator}two")
@@ -136,16 +133,13 @@ def test_example_without_an_id_gets_the_same_one_wherever_it_stands(tmp_path: Pa
 
 def test_exact_duplicates_are_dropped_from_training_and_counted() -> None:
     train = [chat("one", key="1"), chat("one", key="2"), chat("one", "No.", key="3")]
-    assert exact_duplicates(train) == ("2",)
+    kept, dropped = without_repeats(train)
+    assert ([e.id for e in kept], dropped) == (["1", "3"], 1)
     version = dataset(train, evaluation=[chat("quite another")])
     assert [e.id for e in version.split("train")] == ["1", "3"]
     assert version.checks["exact_duplicates_dropped"] == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="duplicates are dropped by id: where the copies share one (no id given), none is left",
-)
 def test_one_of_two_equal_examples_without_ids_is_kept(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(GOOD)
@@ -156,7 +150,6 @@ def test_one_of_two_equal_examples_without_ids_is_kept(tmp_path: Path) -> None:
     assert len(load_dataset("d", section).split("train")) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="make_dataset promises to refuse ids that repeat, and does not look")
 @pytest.mark.parametrize("other", ["train", "storm"])
 def test_id_that_repeats_across_files_or_sets_is_refused(other: str) -> None:
     splits = {"train": [chat("one", key="t")], "evaluation": [chat("two", key="e")], "storm": [chat("three", key="s")]}  # fmt: skip

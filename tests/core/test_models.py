@@ -85,9 +85,6 @@ def test_damaged_bundled_model_is_refused_with_what_to_delete(bundle: Path, dama
     assert f"delete {bundle}" in caught.value.mend
 
 
-@pytest.mark.xfail(
-    strict=True, raises=FileNotFoundError, reason="a bundled folder without its manifest is a traceback"
-)
 def test_bundled_model_without_its_manifest_is_refused(bundle: Path) -> None:
     (bundle / "regraft-manifest.json").unlink()
     with pytest.raises(ModelError):

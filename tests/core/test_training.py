@@ -531,10 +531,6 @@ def test_reused_process_loads_its_base_once_and_never_reuses_one_left_by_a_failu
         assert loads == ["lora", "lora"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="method.apply draws its first weights before the seed is set: what ran before decides them",
-)
 def test_same_trial_gives_the_same_curve_whatever_the_process_did_before(
     tiny_model: Path, runs: list[FakeRun]
 ) -> None:

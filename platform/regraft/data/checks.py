@@ -58,13 +58,9 @@ def find_leaks(train: Sequence[Example], evaluation: Sequence[Example], threshol
     return tuple(sorted(leaks, key=lambda leak: (-leak.jaccard, leak.train_id)))
 
 
-def exact_duplicates(examples: Sequence[Example]) -> tuple[str, ...]:
-    """Ids of examples whose messages all stand in an earlier example."""
-    seen: set[tuple[tuple[str, str], ...]] = set()
-    repeats = []
+def without_repeats(examples: Sequence[Example]) -> tuple[tuple[Example, ...], int]:
+    """The examples without exact duplicates, first ones kept, and how many were dropped."""
+    first: dict[tuple[tuple[str, str], ...], Example] = {}
     for example in examples:
-        key = tuple((m.role, m.content) for m in example.messages)
-        if key in seen:
-            repeats.append(example.id)
-        seen.add(key)
-    return tuple(repeats)
+        first.setdefault(tuple((m.role, m.content) for m in example.messages), example)
+    return tuple(first.values()), len(examples) - len(first)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from regraft.config import DataSection
 from regraft.data.chats import read_chats
-from regraft.data.checks import exact_duplicates, find_leaks
+from regraft.data.checks import find_leaks, without_repeats
 from regraft.errors import DataError
 from regraft.records import DatasetVersion, Example, content_hash
 
@@ -39,11 +39,9 @@ def make_dataset(
     Raises:
         DataError: If ids repeat across splits or training prompts leak evaluation prompts.
     """
-    repeats = set(exact_duplicates(splits["train"]))
-    kept: dict[str, tuple[Example, ...]] = {
-        split: tuple(e for e in rows if split != "train" or e.id not in repeats)
-        for split, rows in splits.items()
-    }
+    train, repeats = without_repeats(splits["train"])
+    kept = {split: tuple(rows) for split, rows in splits.items()} | {"train": train}
+    _refuse_repeated_ids(kept, sources)
     for split, rows in kept.items():
         if split == "train":
             continue
@@ -66,9 +64,22 @@ def make_dataset(
         name=name,
         splits=kept,
         sources=dict(sources),
-        checks={"exact_duplicates_dropped": len(repeats), "leaks": 0},
+        checks={"exact_duplicates_dropped": repeats, "leaks": 0},
         parent_id=parent_id,
     )
+
+
+def _refuse_repeated_ids(splits: Mapping[str, Sequence[Example]], sources: Mapping[str, str]) -> None:
+    first: dict[str, str] = {}
+    for split, rows in splits.items():
+        for example in rows:
+            where = sources.get(split, split)
+            if example.id in first:
+                raise DataError(
+                    f"{where}: id {example.id!r} stands already in {first[example.id]}",
+                    "give each example an id of its own; the same row must not be in two sets",
+                )
+            first[example.id] = where
 
 
 def evaluation_splits(dataset: DatasetVersion) -> tuple[str, ...]:

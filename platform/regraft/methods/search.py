@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from typing import Any
+from typing import Any, get_args
 
-from regraft.methods import Method, parse_method
+from regraft.methods import METHOD_CLASSES, Method, parse_method
 from regraft.records import content_hash
 
 RANGES = ("loguniform", "uniform")
@@ -44,8 +44,7 @@ def expand(settings: dict[str, Any], *, samples: int, seed: int) -> list[Method]
     ranges: dict[str, dict[str, list[float]]] = {}
     for field, value in settings.items():
         if isinstance(value, dict):
-            _check_range(field, value)
-            ranges[field] = value
+            ranges[field] = _range(field, value)
         elif isinstance(value, list) and field not in _LIST_FIELDS:
             if not value:
                 raise SearchError(field, "an empty list: nothing to try")
@@ -57,31 +56,40 @@ def expand(settings: dict[str, Any], *, samples: int, seed: int) -> list[Method]
     for point in itertools.product(*grid.values()):
         fixed = dict(zip(grid, point, strict=True))
         for _ in range(samples if ranges else 1):
-            drawn = {field: _draw(spec, draw) for field, spec in ranges.items()}
+            whole = _whole_number_fields(fixed.get("name"))
+            drawn = {field: _draw(spec, draw, whole=field in whole) for field, spec in ranges.items()}
             methods.append(parse_method({**fixed, **drawn}))
     return methods
 
 
-def _check_range(field: str, spec: dict[str, Any]) -> None:
+def _range(field: str, spec: dict[str, Any]) -> dict[str, list[float]]:
     kind: str | None
     bounds: Any
     kind, bounds = next(iter(spec.items()), (None, None))
     if len(spec) != 1 or kind not in RANGES:
-        raise SearchError(
-            field, f"a range is one of {', '.join(RANGES)}, such as {{loguniform: [1e-5, 1e-3]}}"
-        )
-    if (
-        not isinstance(bounds, list)
-        or len(bounds) != 2
-        or not all(isinstance(b, int | float) for b in bounds)
-    ):
-        raise SearchError(field, f"{kind} takes two numbers, [low, high]")
-    if bounds[0] >= bounds[1] or (kind == "loguniform" and bounds[0] <= 0):
+        raise SearchError(field, f"a range is one of {', '.join(RANGES)}, as in {{loguniform: [1e-5, 1e-3]}}")
+    try:
+        # YAML 1.1 reads 1e-5, without a dot, as text.
+        low, high = (float(bound) for bound in bounds)
+    except (TypeError, ValueError):
+        raise SearchError(field, f"{kind} takes two numbers, [low, high]") from None
+    if low >= high or (kind == "loguniform" and low <= 0):
         raise SearchError(field, f"{kind} takes [low, high] with low < high, both above 0 for loguniform")
+    return {kind: [low, high]}
 
 
-def _draw(spec: dict[str, list[float]], draw: random.Random) -> float:
+def _whole_number_fields(name: Any) -> set[str]:
+    """Fields of a method that take whole numbers: their draws are rounded."""
+    cls = next((c for c in METHOD_CLASSES if c.model_fields["name"].default == name), None)
+    fields = cls.model_fields if cls else {}
+    return {f for f, info in fields.items() if info.annotation is int or int in get_args(info.annotation)}
+
+
+def _draw(spec: dict[str, list[float]], draw: random.Random, *, whole: bool) -> float:
     kind, (low, high) = next(iter(spec.items()))
-    if kind == "loguniform":
-        return float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.3g}")
-    return float(f"{draw.uniform(low, high):.3g}")
+    value = (
+        math.exp(draw.uniform(math.log(low), math.log(high)))
+        if kind == "loguniform"
+        else draw.uniform(low, high)
+    )
+    return round(value) if whole else float(f"{value:.3g}")

@@ -184,6 +184,8 @@ class _Attempt:
 
     def go(self) -> TrialResult:
         """Train and score."""
+        import torch
+
         spec, method = self.spec, self.spec.parsed
         reset_peak(self.device)
         base_model = resolve(spec.model.source, spec.model.revision)
@@ -198,6 +200,8 @@ class _Attempt:
         stride = max(1, -(-len(examples) // (spec.sweep.loss_examples or len(examples))))
         held_out = [encode(tokenizer, e, spec.sweep.max_length) for e in examples[::stride]]
         base = self.bases.take(method, base_model.path, spec.model.dtype, self.device)
+        # First weights are drawn here; what this process did before must not decide them.
+        torch.manual_seed(spec.sweep.seed)
         model = method.apply(base)
         pad_id = int(tokenizer.pad_token_id)
         if method.trains:
