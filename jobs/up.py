@@ -31,6 +31,17 @@ def up(path: Path) -> None:
     experiment = Experiment.load(path)
     workspace = Workspace()
     check_ports(experiment, workspace)
+    before = workspace.services()
+    try:
+        lines = _start(path, experiment, workspace)
+    except BaseException:
+        workspace.stop(tuple(n for n in ("monitor", "ray", "mlflow") if getattr(before, n) is None))
+        raise
+    console.print("\n".join([*lines, "`regraft down` ends them"]), markup=False)
+
+
+def _start(path: Path, experiment: Experiment, workspace: Workspace) -> list[str]:
+    """Start everything; gives a line for each service."""
     services = workspace.start(experiment, say)
     connection = workspace.connect(experiment)
     local.join(connection.ray_address)
@@ -41,16 +52,14 @@ def up(path: Path) -> None:
         lines.append(
             "endpoint  not up: there is no champion yet; run `regraft sweep`, then `regraft up` again"
         )
-    else:
-        lines.append(f"endpoint  {serve(experiment, connection)}/v1")
-        if services.monitor is None:
-            services = services.model_copy(update={"monitor": _start_monitor(path, workspace)})
-            workspace.save(services)
-        lines.append(
-            f"monitor   every {experiment.monitor.every_seconds:g} s, log {workspace.root / 'monitor.log'}"
-        )
-    lines.append("`regraft down` ends them")
-    console.print("\n".join(lines), markup=False)
+        return lines
+    lines.append(f"endpoint  {serve(experiment, connection)}/v1")
+    if services.monitor is None:
+        services = services.model_copy(update={"monitor": _start_monitor(path, workspace)})
+        workspace.save(services)
+    log = workspace.root / "monitor.log"
+    lines.append(f"monitor   every {experiment.monitor.every_seconds:g} s, log {log}")
+    return lines
 
 
 def _start_monitor(path: Path, workspace: Workspace) -> Service:

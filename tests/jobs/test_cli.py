@@ -191,9 +191,6 @@ def test_dead_ray_address_is_named_and_the_mlflow_that_was_started_ended(
     refused(case, done, f"no Ray cluster answers at 127.0.0.1:{closed_port}", "cluster.address")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="jobs.up.up starts MLflow (or Ray) and leaves it running when joining the rest fails"
-)
 def test_up_that_fails_ends_what_it_started(case: Case, closed_port: int) -> None:
     case.change("cluster: {", f"cluster: {{address: '127.0.0.1:{closed_port}', ")
     refused(case, case.run("up", "."), f"no Ray cluster answers at 127.0.0.1:{closed_port}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -187,15 +188,19 @@ def free_port(port: int, field: str, host: str = "127.0.0.1") -> int:
     Raises:
         ServiceError: If it is in use.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ServiceError(
-                f"port {port} on {host} is in use", f"free it, or set {field} to another port (0 picks one)"
-            ) from error
-        return int(probe.getsockname()[1])
+    # Below the range that the system hands out by itself: a port from there may be another process's by the
+    # time Ray opens it.
+    candidates = [port] if port else random.sample(range(20000, 32000), 50)
+    for candidate in candidates:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind((host, candidate))
+                return candidate
+    raise ServiceError(
+        f"port {port or 'of any number tried'} on {host} is in use",
+        f"free it, or set {field} to another port (0 picks one)",
+    )
 
 
 def summary() -> dict[str, Any]:
