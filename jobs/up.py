@@ -50,7 +50,7 @@ def _start(path: Path, experiment: Experiment, workspace: Workspace) -> list[str
         lines.append(f"Ray       {services.ray.url}")
     if connection.registry.by_alias(experiment.name, "champion") is None:
         lines.append(
-            "endpoint  not up: there is no champion yet; run `regraft sweep`, then `regraft up` again"
+            "endpoint  not up: no champion yet; run `regraft sweep`, then `regraft up` again"
         )
         return lines
     lines.append(f"endpoint  {serve(experiment, connection)}/v1")
