@@ -49,9 +49,7 @@ def _start(path: Path, experiment: Experiment, workspace: Workspace) -> list[str
     if services.ray:
         lines.append(f"Ray       {services.ray.url}")
     if connection.registry.by_alias(experiment.name, "champion") is None:
-        lines.append(
-            "endpoint  not up: no champion yet; run `regraft sweep`, then `regraft up` again"
-        )
+        lines.append("endpoint  not up: no champion yet; run `regraft sweep`, then `regraft up` again")
         return lines
     lines.append(f"endpoint  {serve(experiment, connection)}/v1")
     if services.monitor is None:

@@ -164,10 +164,9 @@ class Workspace:
             service: Service | None = getattr(services, name)
             if service is None:
                 continue
-            if name == "ray":
-                local.stop_local_ray(service.pid)
-            else:
-                stop_server(service.pid)
+            {"ray": local.stop_local_ray, "mlflow": stop_server, "monitor": local.end_process}[name](
+                service.pid
+            )
             ended.append(name)
             services = services.model_copy(update={name: None})
             self.save(services)

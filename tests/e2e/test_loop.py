@@ -199,7 +199,6 @@ def test_the_leaderboard_link_shows_every_trial_with_its_score(running, page):
         page.get_by_text(label, exact=True).first.wait_for(timeout=60_000)
     page.get_by_text("eval/rougeL").first.wait_for(timeout=60_000)
     if folder := os.environ.get("REGRAFT_SCREENSHOTS"):
-        page.wait_for_load_state("networkidle")
         page.screenshot(path=f"{folder}/leaderboard.png")
 
 

@@ -129,6 +129,11 @@ def _wait_for_jobs_api(url: str, process: subprocess.Popen[bytes], log: Path) ->
 
 def stop_local_ray(pid: int) -> None:
     """End a cluster that `start_local_ray` started: its own processes alone, whatever else runs Ray here."""
+    end_process(pid)
+
+
+def end_process(pid: int) -> None:
+    """Ask a process to end, wait for it and all that it started, and kill what is left after 15 s."""
     try:
         head = psutil.Process(pid)
     except psutil.NoSuchProcess:
