@@ -109,3 +109,24 @@ def test_a_trial_that_cannot_fit_is_infeasible_with_its_reason_and_the_sweep_goe
     row = next(r for r in board.rows if r.method["name"] == "full")
     assert row.rank is None
     assert "needs at least" in row.reason
+
+
+def test_a_trial_of_two_workers_trains_as_one(
+    two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path
+):
+    from regraft.tuning.sweep import run_sweep
+
+    experiment = Experiment.load(tiny_experiment)
+    sweep = experiment.sweep.model_copy(
+        update={"methods": ({"name": "lora", "rank": 2, "learning_rate": 0.01},), "workers_per_trial": 2}
+    )
+    experiment = experiment.model_copy(update={"sweep": sweep, "name": "two-workers"})
+    dataset = load_dataset(experiment.name, experiment.data)
+    _, _, (result,) = run_sweep(
+        experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lambda _: None
+    )
+    assert result.status == "completed", result.reason
+    assert result.logged_model_id
+    assert result.eval_loss is not None
+    assert result.report is not None
+    assert len(result.report.examples) == 12
