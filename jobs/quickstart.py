@@ -23,12 +23,12 @@ from jobs.serve import serve, wait_for_champion
 from jobs.sweep import promote_winner, sweep
 from jobs.workspace import Connection, Workspace, connected
 from regraft.cluster.jobs import follow
-from regraft.cluster.local import free_port
 from regraft.config import Experiment
 from regraft.data.chats import read_chats
 from regraft.data.dataset import load_dataset
 from regraft.errors import RegraftError
 from regraft.models import resolve
+from regraft.processes import free_port
 from regraft.records import (
     DatasetVersion,
     DriftReport,

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from jobs.console import Say, say, show_decision, show_leaderboard
-from jobs.sweep import CHALLENGER, gate, result_of, settle, sweep
+from jobs.sweep import gate, result_of, settle, sweep
 from jobs.workspace import Connection, Workspace, connected
 from regraft.config import Experiment
 from regraft.data.chats import read_chats
@@ -126,7 +126,6 @@ def retrain(
         return version, settled  # an earlier attempt of this job went this far
     say(f"scoring {champion.served_id} on the fresh evaluation set")
     incumbent = score_champion(experiment, champion, dataset, connection)
-    connection.registry.set_alias(experiment.name, CHALLENGER, version.version)
     verdict = gate(experiment, version, winner.report, incumbent, champion.served_id)
     settle(experiment, version, winner.report, verdict, champion, connection)
     return version, verdict

@@ -24,7 +24,7 @@ def serve(experiment: Experiment, connection: Connection, say: Say = say) -> str
     Raises:
         ServiceError: If the port is in use, there is no champion, or it does not come up.
     """
-    from regraft.cluster.local import free_port
+    from regraft.processes import free_port
     from serving.app import EndpointSettings, deploy
 
     if connection.registry.by_alias(experiment.name, "champion") is None:

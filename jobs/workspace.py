@@ -19,10 +19,11 @@ from regraft.cluster import local
 from regraft.config import Experiment
 from regraft.errors import ServiceError
 from regraft.models import home
+from regraft.processes import end_process
 from regraft.records import Record
 from regraft.tracking.registry import Registry
 from regraft.tracking.runs import Tracker
-from regraft.tracking.server import check_server, start_server, stop_server
+from regraft.tracking.server import check_server, start_server
 
 
 class Service(Record):
@@ -164,9 +165,7 @@ class Workspace:
             service: Service | None = getattr(services, name)
             if service is None:
                 continue
-            {"ray": local.stop_local_ray, "mlflow": stop_server, "monitor": local.end_process}[name](
-                service.pid
-            )
+            end_process(service.pid)
             ended.append(name)
             services = services.model_copy(update={name: None})
             self.save(services)

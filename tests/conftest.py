@@ -1,7 +1,8 @@
-"""A tiny random chat model, made on the spot: the fast tests need no download."""
+"""What tests of several kinds use: a tiny random chat model, made on the spot, and a browser."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE = (
@@ -90,3 +92,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    """The system's Chromium, headless and silent on the network; skips where there is none."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on this machine: `make browser` installs one on Debian")
+    from playwright.sync_api import sync_playwright
+
+    quiet = "no-sandbox disable-gpu disable-background-networking disable-component-update disable-sync"
+    flags = [f"--{name}" for name in (*quiet.split(), "no-first-run")]
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=flags)
+        yield opened
+        opened.close()

@@ -13,14 +13,12 @@ import psutil
 import pytest
 import yaml
 
+from regraft.processes import free_port
+
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 REGRAFT = [sys.executable, "-m", "jobs.cli"]
-CHROMIUM = next(
-    (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
-)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
 def _regraft(cwd: Path, *arguments: str) -> str:
@@ -52,18 +50,6 @@ def _processes_of(cwd: Path) -> list[str]:
     ]
 
 
-def _free_ports(count: int) -> list[int]:
-    import socket
-
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [p.getsockname()[1] for p in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The bundled example, cut down to minutes, played through once."""
@@ -71,18 +57,18 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     shutil.copytree(ROOT / "examples" / "utility-support", cwd / "case")
     file = cwd / "case" / "regraft.yaml"
     experiment = yaml.safe_load(file.read_text())
-    tracking, dashboard, endpoint = _free_ports(3)
+    tracking, dashboard, endpoint = (free_port(0, "") for _ in range(3))
     experiment["sweep"] |= {
         "methods": [
             {"name": "zero_shot"},
             {"name": "full", "learning_rate": 5.0e-5},
-            {"name": "lora", "rank": 8, "learning_rate": 2.0e-3},
+            {"name": "lora", "rank": 16, "learning_rate": 2.0e-3},
         ],
         "epochs": 0.3,
         "loss_examples": 12,
     }
     experiment["evaluate"] |= {"max_new_tokens": 24, "latency_prompts": 1}
-    experiment["retrain"]["epochs"] = 0.8
+    experiment["retrain"]["epochs"] = 1.6
     experiment |= {"tracking": {"port": tracking}, "cluster": {"dashboard_port": dashboard}}
     experiment["serve"] |= {"port": endpoint}
     file.write_text(yaml.safe_dump(experiment))
@@ -182,21 +168,10 @@ def test_rollback_moves_the_endpoint_back_without_a_restart(running):
 
 
 @pytest.fixture
-def page():
-    from playwright.sync_api import sync_playwright
-
-    quiet = (
-        "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
-    )
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=[*quiet.split(), "--no-first-run"]
-        )
-        yield browser.new_page(viewport={"width": 1600, "height": 1000})
-        browser.close()
+def page(browser):
+    return browser.new_page(viewport={"width": 1600, "height": 1000})
 
 
-@needs_browser
 def test_the_leaderboard_link_shows_every_trial_with_its_score(running, page):
     _, urls = running
     page.goto(urls["MLflow"])
@@ -207,7 +182,6 @@ def test_the_leaderboard_link_shows_every_trial_with_its_score(running, page):
         page.screenshot(path=f"{folder}/leaderboard.png")
 
 
-@needs_browser
 def test_the_storm_report_says_drift_on_top_and_why(played, page):
     cwd, _ = played
     storm = _journal(cwd, "storm")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from regraft.records import CapturedExchange
 
 SETTINGS = MonitorSection(permutations=499)
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -120,28 +118,17 @@ def test_the_page_is_self_contained_and_escapes_what_users_wrote(page):
     assert os.environ["DO_NOT_TRACK"] == "1"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-def test_a_browser_shows_the_decision_and_evidentlys_columns(page):
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+def test_a_browser_shows_the_decision_and_evidentlys_columns(page, browser):
     requests, problems = [], []
-    with sync_playwright() as play:
-        browser = play.chromium.launch(
-            executable_path=CHROMIUM, args=[*flags, "--disable-sync", "--no-first-run"]
-        )
-        try:
-            view = browser.new_page()
-            view.on("request", lambda r: requests.append(r.url))
-            view.on("pageerror", lambda e: problems.append(str(e)))
-            view.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-            view.goto(page.as_uri())
-            assert view.locator("#regraft-decision h1").inner_text() == "Drift"
-            assert view.locator("#regraft-decision").bounding_box()["y"] < 100
-            view.get_by_text("Drift in column 'answer_length'").first.wait_for(timeout=30_000)
-            view.get_by_text("Calibrated drift test (this one decides)").first.wait_for(timeout=30_000)
-            assert view.evaluate("window.hacked") is None
-        finally:
-            browser.close()
+    view = browser.new_page()
+    view.on("request", lambda r: requests.append(r.url))
+    view.on("pageerror", lambda e: problems.append(str(e)))
+    view.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+    view.goto(page.as_uri())
+    assert view.locator("#regraft-decision h1").inner_text() == "Drift"
+    assert view.locator("#regraft-decision").bounding_box()["y"] < 100
+    view.get_by_text("Drift in column 'answer_length'").first.wait_for(timeout=30_000)
+    view.get_by_text("Calibrated drift test (this one decides)").first.wait_for(timeout=30_000)
+    assert view.evaluate("window.hacked") is None
     assert [url for url in requests if url.startswith(("http:", "https:"))] == []
     assert problems == []

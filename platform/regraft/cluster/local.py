@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-import psutil
 
 from regraft.errors import ServiceError
+from regraft.processes import end_process, free_port, wait_until_it_answers
 
 _START_SECONDS = 90.0
 
@@ -104,46 +100,27 @@ def start_local_ray(
         )
     url = f"http://127.0.0.1:{dashboard_port}"
     try:
-        _wait_for_jobs_api(url, process, log)
+        wait_until_it_answers(
+            "the local Ray cluster", process, url, log, lambda: _no_jobs_api(url), _START_SECONDS
+        )
     except BaseException:
         stop_local_ray(process.pid)
         raise
     return LocalRay(process.pid, f"127.0.0.1:{gcs_port}", url)
 
 
-def _wait_for_jobs_api(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-            raise ServiceError(f"Ray ended while starting:\n{tail}", f"see {log}")
-        with contextlib.suppress(httpx.HTTPError):
-            nodes = httpx.get(f"{url}/api/jobs/", timeout=5)
-            if nodes.status_code == httpx.codes.OK:
-                return
-        time.sleep(0.2)
-    raise ServiceError(f"Ray's job server did not answer at {url} in {_START_SECONDS:.0f} s", f"see {log}")
+def _no_jobs_api(url: str) -> str:
+    """Why Ray's job server takes no jobs yet; empty once it does."""
+    try:
+        answer = httpx.get(f"{url}/api/jobs/", timeout=5)
+    except httpx.HTTPError as error:
+        return str(error) or type(error).__name__
+    return "" if answer.status_code == httpx.codes.OK else f"status {answer.status_code}"
 
 
 def stop_local_ray(pid: int) -> None:
     """End a cluster that `start_local_ray` started: its own processes alone, whatever else runs Ray here."""
-    end_process(pid)
-
-
-def end_process(pid: int) -> None:
-    """Ask a process to end, wait for it and all that it started, and kill what is left after 15 s."""
-    try:
-        head = psutil.Process(pid)
-    except psutil.NoSuchProcess:
-        return
-    family = [head, *head.children(recursive=True)]
-    with contextlib.suppress(psutil.NoSuchProcess):
-        head.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=15)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=5)
+    end_process(pid, named="ray")
 
 
 def join(address: str) -> None:
@@ -178,32 +155,6 @@ def _check_reachable(address: str) -> None:
             f"cluster.address: no Ray cluster answers at {address}: {error}",
             "start it, correct the address (host:port of the head's GCS), or leave cluster.address out",
         ) from error
-
-
-def free_port(port: int, field: str, host: str = "127.0.0.1") -> int:
-    """The port if it is free, or any free one for 0.
-
-    Args:
-        port: Which one, or 0.
-        field: The key of the configuration that names it, for the message.
-        host: The address it is wanted on.
-
-    Raises:
-        ServiceError: If it is in use.
-    """
-    # Below the range that the system hands out by itself: a port from there may be another process's by the
-    # time Ray opens it.
-    candidates = [port] if port else random.sample(range(20000, 32000), 50)
-    for candidate in candidates:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind((host, candidate))
-                return candidate
-    raise ServiceError(
-        f"port {port or 'of any number tried'} on {host} is in use",
-        f"free it, or set {field} to another port (0 picks one)",
-    )
 
 
 def summary() -> dict[str, Any]:

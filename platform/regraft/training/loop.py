@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.errors import InfeasibleTrialError
+from regraft.methods.base import trainable_parameters
 from regraft.records import LossPoint
 from regraft.training.batches import Encoded, bucket, collate
 from regraft.training.loss import supervised_positions_only
@@ -91,7 +92,7 @@ def train(
     import torch
 
     torch.manual_seed(settings.seed)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = trainable_parameters(model)
     plan = _plan(train_set, settings, workers)
     total = len(plan)
     optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)

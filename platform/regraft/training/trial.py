@@ -16,6 +16,7 @@ from regraft.config import EvaluateSection, ModelSection, SweepSection
 from regraft.data.dataset import union_of_evaluations
 from regraft.errors import InfeasibleTrialError
 from regraft.methods import Method, parse_method
+from regraft.methods.base import trainable_parameters
 from regraft.models import ResolvedModel, load_tokenizer, pick_device, resolve
 from regraft.records import Cost, DatasetVersion, LossPoint, Record, TrialResult, TrialStatus, content_hash
 from regraft.tracking.runs import Tracker
@@ -223,7 +224,7 @@ class _Attempt:
             self.points = [
                 LossPoint(step=0, tokens_seen=0, train_loss=loss, eval_loss=loss, learning_rate=0.0)
             ]
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trainable = sum(p.numel() for p in trainable_parameters(model))
         self.cost = Cost(
             train_seconds=outcome.seconds,
             trainable_parameters=trainable,
