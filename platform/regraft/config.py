@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from regraft.errors import ConfigError
 from regraft.evals import AnyMetric, default_metrics
-from regraft.methods import METHOD_CLASSES, Method
+from regraft.explain import dotted, explain, explain_method, place
+from regraft.methods import Method
 from regraft.methods.base import DTypeName
 from regraft.methods.search import SearchError, expand
-from regraft.records import content_hash
+from regraft.records import Cost, Speed, content_hash
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
@@ -233,12 +234,20 @@ class Experiment(Section):
     cluster: ClusterSection = ClusterSection()
 
     @model_validator(mode="after")
-    def _known_metric(self) -> Experiment:
+    def _known_metrics(self) -> Experiment:
         names = {key for metric in self.evaluate.metrics for key in metric.outputs}
         if self.select.maximise not in names:
             raise ValueError(
                 f"select.maximise: is {self.select.maximise!r}, but evaluate.metrics gives {sorted(names)}"
             )
+        figures = names | {"eval_loss"} | set(Cost.model_fields) | set(Speed.model_fields) - {"how"}
+        for index, constraint in enumerate(self.select.subject_to):
+            if constraint.metric not in figures:
+                close = difflib.get_close_matches(constraint.metric, figures, n=1)
+                raise ValueError(
+                    f"select.subject_to.{index}: no trial records {constraint.metric!r}; "
+                    + (f"did you mean {close[0]!r}?" if close else f"there are {sorted(figures)}")
+                )
         return self
 
     @classmethod
@@ -270,7 +279,7 @@ class Experiment(Section):
         try:
             experiment = cls.model_validate(raw)
         except ValidationError as error:
-            raise _explain(path, tree, error, cls) from error
+            raise explain(path, tree, error, cls) from error
         experiment._check_methods(path, tree)
         return experiment.resolved(path.resolve().parent)
 
@@ -304,16 +313,16 @@ class Experiment(Section):
                 expand(entry, samples=self.sweep.samples, seed=self.sweep.seed)
             except SearchError as error:
                 raise ConfigError(
-                    f"{_place(path, tree, (*where, error.field))}: {_dotted((*where, error.field))}: {error}",
+                    f"{place(path, tree, (*where, error.field))}: {dotted((*where, error.field))}: {error}",
                     "see docs/configuration.md for values, lists and ranges",
                 ) from error
             except ValidationError as error:
-                raise _explain_method(path, tree, where, entry, error) from error
+                raise explain_method(path, tree, where, entry, error) from error
         known = {m.name for m in self.sweep.expanded()}
         for name in self.sweep.ray_train:
             if name not in known:
                 raise ConfigError(
-                    f"{_place(path, tree, ('sweep', 'ray_train'))}: sweep.ray_train: {name!r} is not swept",
+                    f"{place(path, tree, ('sweep', 'ray_train'))}: sweep.ray_train: {name!r} is not swept",
                     f"name one of {sorted(known)}",
                 )
 
@@ -326,81 +335,3 @@ def _constraint(value: Any) -> Any:
         if found:
             return {"metric": metric.strip(), "sense": sense, "bound": bound.strip()}
     raise ValueError(f"{value!r} is not a bound; write for instance 'latency_p95_ms <= 4000'")
-
-
-def _dotted(loc: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in loc)
-
-
-def _place(path: Path, tree: Any, loc: tuple[Any, ...]) -> str:
-    """`file:line` of the deepest part of `loc` that the YAML has; of the key where there is one."""
-    node, line = tree, 1
-    for part in loc:
-        if isinstance(node, yaml.MappingNode):
-            pair = next(((k, v) for k, v in node.value if k.value == str(part)), None)
-            if pair is None:
-                break
-            line, node = pair[0].start_mark.line + 1, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            break
-    return f"{path}:{line}"
-
-
-def _explain(path: Path, tree: Any, error: ValidationError, model: type[BaseModel]) -> ConfigError:
-    lines = []
-    for item in error.errors():
-        loc = item["loc"]
-        problem = item["msg"].removeprefix("Value error, ")
-        field, colon, rest = problem.partition(": ")
-        if not loc and colon:  # a check across sections names its field itself
-            loc, problem = tuple(field.split(".")), rest
-        if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(loc[-1]), _keys_at(model, loc[:-1]), n=1)
-            problem = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
-        elif item["type"] == "missing":
-            problem = "this key is required"
-        lines.append(f"{_place(path, tree, loc)}: {_dotted(loc) or 'the file'}: {problem}")
-    return ConfigError("\n".join(lines), "mend the named keys; docs/configuration.md lists every key")
-
-
-def _keys_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    current: Any = model
-    for part in loc:
-        field = current.model_fields.get(part) if isinstance(part, str) else None
-        options = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
-        current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-        if current is None:
-            return []
-    return list(current.model_fields)
-
-
-def _explain_method(
-    path: Path, tree: Any, where: tuple[Any, ...], entry: dict[str, Any], error: ValidationError
-) -> ConfigError:
-    classes = {str(c.model_fields["name"].default): c for c in METHOD_CLASSES}
-    names = entry.get("name")
-    name = (
-        next((n for n in names if n not in classes), names[0]) if isinstance(names, list) and names else names
-    )
-    if not isinstance(name, str) or name not in classes:
-        close = difflib.get_close_matches(str(name), list(classes), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return ConfigError(
-            f"{_place(path, tree, (*where, 'name'))}: {_dotted(where)}.name: unknown method {name!r}{hint}",
-            f"use one of {', '.join(classes)}",
-        )
-    lines = []
-    for item in error.errors():
-        name = str(item["loc"][0])  # which of several names it was
-        field = next((p for p in item["loc"][1:] if isinstance(p, str)), "")
-        problem = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(field, list(classes[name].model_fields), n=1)
-            problem = f"{name} has no field {field!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-        loc = (*where, field)
-        lines.append(f"{_place(path, tree, loc)}: {_dotted(loc)}: {problem}")
-    fields = ", ".join(classes[name].model_fields)
-    return ConfigError("\n".join(lines), f"{name} takes {fields}")

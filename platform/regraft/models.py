@@ -119,12 +119,20 @@ def _from_registry(source: str) -> ResolvedModel:
         if building is not None:
             try:
                 artifacts.download_artifacts(artifact_uri=source, dst_path=str(building))
+                _gather(building)
             except MlflowException as error:
                 raise ModelError(
                     f"model.source: {source}: {error}", "check MLFLOW_TRACKING_URI and the name"
                 ) from error
     found = next((p.parent for p in sorted(target.rglob("config.json"))), target)
     return ResolvedModel(source, f"mlflow-{key[:12]}", _local(found).path)
+
+
+def _gather(folder: Path) -> None:
+    """Put tokenizer and weights into one folder: MLflow's transformers flavour keeps them in two."""
+    for tokenizer in folder.rglob("components/tokenizer"):
+        for file in tokenizer.iterdir():
+            shutil.copy2(file, tokenizer.parents[1] / "model")
 
 
 def _from_hub(source: str, revision: str | None, say: Callable[[str], None]) -> ResolvedModel:

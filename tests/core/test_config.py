@@ -109,6 +109,13 @@ MISTAKES = {
     ),
     "constraint without a sense": (" <= 4000", " < 4000", 17, "select.subject_to", "write for instance"),
     "constraint without a number": (" <= 4000", " <= fast", 18, "select.subject_to.0.bound", "number"),
+    "constraint on what no trial records": (
+        "latency_p95_ms <= 4000",
+        "latency_p59_ms <= 4000",
+        18,
+        "select.subject_to.0",
+        "did you mean 'latency_p95_ms'",
+    ),
     "evaluation set named train": (
         "evaluation: data/evaluation.jsonl",
         "evaluation: {train: data/train.jsonl}",

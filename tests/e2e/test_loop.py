@@ -105,20 +105,14 @@ def test_the_ordinary_week_is_stable_and_the_storm_week_drifts(played):
     assert storm["report"]["run_id"]
 
 
-def _champion(cwd: Path) -> int:
-    """What the gate's word on the challenger makes of the alias."""
-    return 2 if _journal(cwd, "retraining")["decision"]["outcome"] == "promote" else 1
-
-
-def test_the_retrained_challenger_was_judged_on_both_sets_and_the_alias_obeys(played):
+def test_the_challenger_beats_the_champion_on_both_sets_together_and_takes_its_place(played):
     cwd, output = played
     done = _journal(cwd, "retraining")
     assert done["version"]["version"] == 2
-    # Cut down to minutes, the challenger's lead may lie within noise; then it must not go live.
-    overall = done["decision"]["evidence"][0]
-    assert (done["decision"]["outcome"] == "promote") == (overall["low"] > 0)
-    assert {c["split"] for c in done["decision"]["evidence"]} == {"all sets", "evaluation", "storm"}
-    assert ("the endpoint answers from utility-support/2" in output) == (_champion(cwd) == 2)
+    evidence = {c["split"]: c for c in done["decision"]["evidence"]}
+    assert set(evidence) == {"all sets", "evaluation", "storm"}
+    assert (done["decision"]["outcome"], evidence["all sets"]["low"] > 0) == ("promote", True)
+    assert "the endpoint answers from utility-support/2" in output
 
 
 def test_a_second_quickstart_finds_everything_and_runs_nothing(played):
@@ -142,11 +136,11 @@ def running(played):
 def test_up_serves_the_newest_champion_to_the_openai_client(running):
     from openai import OpenAI
 
-    cwd, urls = running
+    _, urls = running
     client = OpenAI(base_url=urls["endpoint"], api_key="unused")
     messages = [{"role": "user", "content": "When is my bill due?"}]
     answer = client.chat.completions.create(model="utility-support", messages=messages, max_tokens=24)
-    assert answer.model == f"utility-support/{_champion(cwd)}"
+    assert answer.model == "utility-support/2"
     assert answer.choices[0].message.content
     chunks = client.chat.completions.create(
         model="utility-support", messages=messages, max_tokens=24, stream=True
