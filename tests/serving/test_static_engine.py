@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from regraft.methods import parse_method
+from regraft.methods import METHOD_CLASSES, parse_method
 from regraft.models import load_tokenizer, prompt_ids
 from regraft.records import Message
 from serving.engines.base import (
@@ -27,7 +27,7 @@ from serving.engines.static import StaticEngine
 from serving.engines.text import Detokenizer, StopScanner
 
 SETTINGS: dict[str, dict[str, object]] = {}
-KINDS = ["base", "lora", "prompt_tuning", "p_tuning"]
+KINDS = ["base", *(str(c.model_fields["name"].default) for c in METHOD_CLASSES if c.kind == "adapter")]
 QUESTIONS = [
     "Hello",
     "When is the meter reading due?",

@@ -12,14 +12,34 @@ from pydantic import Field, TypeAdapter
 
 from regraft.methods.base import Method
 from regraft.methods.full import Full
-from regraft.methods.lora import LoRA
+from regraft.methods.hadamard import LoHa
+from regraft.methods.ia3 import IA3
+from regraft.methods.kronecker import LoKr
+from regraft.methods.lora import DoRA, LoRA, RsLoRA
+from regraft.methods.lora_init import OLoRA, PiSSA
+from regraft.methods.oft import OFT
 from regraft.methods.p_tuning import PTuning
 from regraft.methods.prompt_tuning import PromptTuning
 from regraft.methods.qlora import QLoRA
+from regraft.methods.vera import VeRA
 from regraft.methods.zero_shot import ZeroShot
 
 AnyMethod = Annotated[
-    ZeroShot | Full | LoRA | QLoRA | PromptTuning | PTuning,
+    ZeroShot
+    | Full
+    | LoRA
+    | RsLoRA
+    | DoRA
+    | PiSSA
+    | OLoRA
+    | QLoRA
+    | VeRA
+    | OFT
+    | IA3
+    | LoHa
+    | LoKr
+    | PromptTuning
+    | PTuning,
     Field(discriminator="name"),
 ]
 
@@ -40,14 +60,23 @@ def parse_method(settings: dict[str, object]) -> Method:
 
 
 __all__ = [
+    "IA3",
     "METHOD_CLASSES",
+    "OFT",
     "AnyMethod",
+    "DoRA",
     "Full",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "Method",
+    "OLoRA",
     "PTuning",
+    "PiSSA",
     "PromptTuning",
     "QLoRA",
+    "RsLoRA",
+    "VeRA",
     "ZeroShot",
     "parse_method",
 ]

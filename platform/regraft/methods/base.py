@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftConfig
     from torch import nn
 
 Kind = Literal["control", "full", "adapter"]
@@ -26,6 +27,8 @@ class Method(BaseModel):
 
     kind: ClassVar[Kind] = "adapter"
     quantised: ClassVar[bool] = False
+    #: Whether `release` gives the base back as it was before training.
+    keeps_base: ClassVar[bool] = True
     #: Fields that make up the short label of a trial, in order.
     label_fields: ClassVar[tuple[str, ...]] = ("learning_rate",)
 
@@ -84,6 +87,36 @@ class Method(BaseModel):
         """
         base = self.load_base(base_path, dtype, device)
         return base if folder is None else self.attach(base, folder)
+
+
+class TunerMethod(Method):
+    """A method whose weights PEFT puts beside the base's own layers, and takes off again."""
+
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="Names of the layers to adapt, or all-linear: all but the output."
+    )
+
+    @property
+    def targets(self) -> str | list[str]:
+        """`target_modules` as PEFT takes them."""
+        return self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+
+    def peft_config(self) -> PeftConfig:
+        """PEFT's configuration of this method."""
+        raise NotImplementedError
+
+    def apply(self, base: nn.Module) -> nn.Module:
+        """Put the trained weights beside the base's layers, in fp32."""
+        from peft import get_peft_model
+
+        return trainable_to_fp32(get_peft_model(base, self.peft_config()))
+
+    def release(self, model: nn.Module) -> nn.Module | None:
+        """Take the trained weights off again; those of the base never changed."""
+        base: nn.Module = model.unload()  # type: ignore[operator]
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+        return base.requires_grad_(False)
 
 
 def load_causal_lm(path: Path, dtype: DTypeName, device: str, **kwargs: Any) -> nn.Module:

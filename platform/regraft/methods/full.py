@@ -21,6 +21,7 @@ class Full(Method):
     """
 
     kind: ClassVar[Kind] = "full"
+    keeps_base: ClassVar[bool] = False
 
     name: Literal["full"] = "full"
     learning_rate: float = Field(2e-5, gt=0, le=1e-2)

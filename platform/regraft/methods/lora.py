@@ -1,4 +1,4 @@
-"""LoRA: low-rank updates beside frozen weights (Hu et al., arXiv:2106.09685)."""
+"""LoRA: low-rank updates beside frozen weights (Hu et al., arXiv:2106.09685), and two close kin."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from regraft.methods.base import Method, trainable_to_fp32
+from regraft.methods.base import TunerMethod
 
 if TYPE_CHECKING:
-    from torch import nn
+    from peft import LoraConfig
 
 
-class LoRA(Method):
+class LoRA(TunerMethod):
     """Low-rank adapters on the linear layers.
 
     The default rate is ten times what full fine-tuning wants, and all linear layers are adapted
@@ -26,25 +26,44 @@ class LoRA(Method):
     rank: int = Field(8, ge=1, le=1024)
     alpha: int | None = Field(None, ge=1, description="Scale; twice the rank if not given.")
     dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | tuple[str, ...] = "all-linear"
 
-    def apply(self, base: nn.Module) -> nn.Module:
-        """Put low-rank pairs beside the linear layers, in fp32."""
-        from peft import LoraConfig, get_peft_model
+    def peft_config(self) -> LoraConfig:
+        """The pairs' rank, scale and places."""
+        from peft import LoraConfig
 
-        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
-        config = LoraConfig(
+        return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha or 2 * self.rank,
             lora_dropout=self.dropout,
-            target_modules=targets,
+            target_modules=self.targets,
             task_type="CAUSAL_LM",
         )
-        return trainable_to_fp32(get_peft_model(base, config))
 
-    def release(self, model: nn.Module) -> nn.Module | None:
-        """Take the pairs off again; the weights beside them never changed."""
-        base: nn.Module = model.unload()  # type: ignore[operator]
-        if hasattr(base, "peft_config"):
-            del base.peft_config
-        return base.requires_grad_(False)
+
+class RsLoRA(LoRA):
+    """LoRA scaled by alpha over the root of the rank, so that high ranks learn as fast as low ones.
+
+    Source: Kalajdzievski, arXiv:2312.03732. With the rank as alpha the scale is the rank's root.
+    """
+
+    name: Literal["rslora"] = "rslora"  # type: ignore[assignment]
+    alpha: int | None = Field(None, ge=1, description="Scale; the rank if not given.")
+
+    def peft_config(self) -> LoraConfig:
+        """LoRA's, with the scale that does not fade with the rank."""
+        config = super().peft_config()
+        config.use_rslora = True
+        config.lora_alpha = self.alpha or self.rank
+        return config
+
+
+class DoRA(LoRA):
+    """LoRA for the direction of each weight column; its magnitude is trained apart (arXiv:2402.09353)."""
+
+    name: Literal["dora"] = "dora"  # type: ignore[assignment]
+
+    def peft_config(self) -> LoraConfig:
+        """LoRA's, with the weights' magnitude apart."""
+        config = super().peft_config()
+        config.use_dora = True
+        return config

@@ -247,10 +247,10 @@ class _Attempt:
             kept = Path(folder)
             method.save(model, kept)
             clean = method.release(model)
-            if method.kind == "adapter" and clean is not None:
-                model = method.attach(clean, kept)
-            elif method.kind == "full":
+            if clean is None:
                 model = method.load(path, kept, dtype, self.device)
+            elif method.trains:
+                model = method.attach(clean, kept)
             model.eval()
             report = score(
                 model, tokenizer, examples, spec.evaluate, dataset_id=spec.dataset_id, split="evaluation"
@@ -266,6 +266,7 @@ class _Attempt:
         # Peak memory is of training and of answering: whatever was higher.
         self.cost = self.cost.model_copy(update={"memory_peak_gib": peak_gib(self.device)})
         if method.kind != "full":
+            # What was loaded for scoring is clean below, even where the trained model was not.
             self.bases.give_back(method.release(model), method, path, dtype, self.device)
         return self.result("completed").model_copy(
             update={"report": report, "speed": timing, "logged_model_id": model_id}

@@ -1,0 +1,38 @@
+"""IA3: trained scales of keys, values and inner activations (Liu et al., arXiv:2205.05638)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from regraft.methods.base import TunerMethod
+
+if TYPE_CHECKING:
+    from peft import IA3Config
+
+
+class IA3(TunerMethod):
+    """One scale a channel: the smallest adapter there is.
+
+    Its quality hangs on the rate (PEFT's method comparison on GSM8K: 31 % to 45 % by rate alone).
+    """
+
+    name: Literal["ia3"] = "ia3"
+    learning_rate: float = Field(5e-3, gt=0, le=1)
+    target_modules: str | tuple[str, ...] = Field(
+        ("k_proj", "v_proj", "down_proj"), description="Names of the layers to scale."
+    )
+    feedforward_modules: tuple[str, ...] = Field(
+        ("down_proj",), description="Those of them whose inputs are scaled, not their outputs."
+    )
+
+    def peft_config(self) -> IA3Config:
+        """Which layers' outputs are scaled, and of which the inputs."""
+        from peft import IA3Config
+
+        return IA3Config(
+            target_modules=self.targets,
+            feedforward_modules=list(self.feedforward_modules),
+            task_type="CAUSAL_LM",
+        )

@@ -1,0 +1,36 @@
+"""VeRA: one frozen random pair for all layers, and trained scales (Kopiczko et al., arXiv:2310.11454)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from regraft.methods.base import TunerMethod
+
+if TYPE_CHECKING:
+    from peft import VeraConfig
+
+
+class VeRA(TunerMethod):
+    """Few weights to store: one random pair, as large as the largest layer, is made again from its seed."""
+
+    label_fields: ClassVar[tuple[str, ...]] = ("rank", "learning_rate")
+
+    name: Literal["vera"] = "vera"
+    learning_rate: float = Field(5e-3, gt=0, le=1)
+    rank: int = Field(256, ge=1, le=4096)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    projection_seed: int = Field(0, ge=0, description="Seed of the random pair.")
+
+    def peft_config(self) -> VeraConfig:
+        """The rank of the shared pair, and its seed."""
+        from peft import VeraConfig
+
+        return VeraConfig(
+            r=self.rank,
+            vera_dropout=self.dropout,
+            projection_prng_key=self.projection_seed,
+            target_modules=self.targets,
+            task_type="CAUSAL_LM",
+        )
