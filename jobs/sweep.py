@@ -85,13 +85,16 @@ def promote_winner(
     if champion == version and settled is not None:
         return version, settled  # this very sweep was settled before
     if champion is None:
-        control = next((r for r in results if r.is_control and r.report is not None), None)
+        # The best of the controls: what prompting alone can do has to be beaten too.
+        objective = experiment.select.maximise
+        controls = [r for r in results if r.is_control and r.report and objective in r.report.means]
+        control = max(controls, key=lambda r: r.report.mean(objective) if r.report else 0, default=None)
         if control is None or control.report is None:
             raise RegraftError(
                 "there is neither a champion nor a control to compare the winner with",
                 "add {name: zero_shot} to sweep.methods",
             )
-        incumbent, incumbent_name = control.report, "the untuned base"
+        incumbent, incumbent_name = control.report, f"the untuned base ({control.label})"
     else:
         incumbent, incumbent_name = _scores(champion, connection), champion.served_id
     decision = gate(experiment, version, winner.report, incumbent, incumbent_name)

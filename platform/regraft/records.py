@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -54,6 +55,14 @@ class Example(Record):
     def prompt(self) -> tuple[Message, ...]:
         """All turns but the last."""
         return self.messages[:-1]
+
+    def after(self, shown: Sequence[Message]) -> Example:
+        """The same example with turns shown before its own; a system turn stays first."""
+        if not shown:
+            return self
+        own = 1 if self.messages[0].role == "system" else 0
+        turns = (*self.messages[:own], *shown, *self.messages[own:])
+        return self.model_copy(update={"messages": turns})
 
     @property
     def reference(self) -> str:
@@ -185,8 +194,8 @@ class TrialResult(Record):
 
     @property
     def is_control(self) -> bool:
-        """Whether this trial is the untuned base model."""
-        return self.method.get("name") == "zero_shot"
+        """Whether this trial is the untuned base model, with examples in its prompt or without."""
+        return self.method.get("name") in {"zero_shot", "few_shot"}
 
 
 class Interval(Record):

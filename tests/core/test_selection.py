@@ -83,11 +83,13 @@ def test_among_equals_the_one_that_trained_fastest_wins() -> None:
 
 
 def test_control_is_ranked_first_where_it_is_best_but_never_wins() -> None:
-    found = board(trial("tuned", 0.4), trial("control", 0.6, method="zero_shot"))
-    assert [r.key for r in found.rows] == ["control", "tuned"]
-    assert row(found, "control").is_control
+    controls = trial("base", 0.2, method="zero_shot"), trial("prompted", 0.6, method="few_shot")
+    found = board(trial("tuned", 0.4), *controls)
+    assert [r.key for r in found.rows] == ["prompted", "tuned", "base"]
+    assert row(found, "prompted").is_control
+    assert row(found, "base").is_control
     assert found.winner_key == "tuned"
-    assert "the untuned base scores 0.600" in found.winner_reason
+    assert "the control prompted scores 0.600" in found.winner_reason
 
 
 def test_pareto_front_is_what_no_other_beats_in_everything() -> None:

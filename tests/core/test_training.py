@@ -14,7 +14,7 @@ from regraft.config import EvaluateSection, ModelSection, SweepSection
 from regraft.data.dataset import make_dataset
 from regraft.errors import DataError, InfeasibleTrialError
 from regraft.evals.generation import generate
-from regraft.methods import Full, LoRA, QLoRA, ZeroShot, parse_method
+from regraft.methods import FewShot, Full, LoRA, QLoRA, ZeroShot, parse_method
 from regraft.methods.base import trainable_parameters
 from regraft.models import load_tokenizer, prompt_ids, resolve
 from regraft.records import Example, LossPoint, Message, TrialResult
@@ -115,6 +115,22 @@ def test_what_is_trained_on_continues_the_prompt_that_is_asked(
     asked = prompt_ids(tiny_tokenizer, example.prompt)
     assert list(row.ids[: len(asked)]) == asked
     assert row.labels[len(asked)] != IGNORED
+
+
+def test_shown_examples_come_after_the_system_turn_and_are_not_supervised(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    shown = FewShot(shots=2).shown(CHATS)
+    assert len(shown) >= 4
+    assert shown == FewShot(shots=2).shown(CHATS) != FewShot(shots=2, shots_seed=1).shown(CHATS)
+    example = chat("system:Be brief.", "Who pays?", "We do.", "Really?", "Yes.")
+    assert example.after(shown).messages[0] == example.messages[0]
+    own = len(encode(tiny_tokenizer, example, 200).ids)
+    row = encode(tiny_tokenizer, example, own, shown)  # the limit is on the example's own length
+    assert supervised_text(tiny_tokenizer, row) == "We do.<|im_end|>Yes.<|im_end|>"
+    asked = prompt_ids(tiny_tokenizer, example.after(shown).prompt)
+    assert list(row.ids[: len(asked)]) == asked
+    assert shown[0].content in tiny_tokenizer.decode(asked)
 
 
 def test_too_long_example_is_refused_naming_it_and_the_setting(
@@ -427,7 +443,17 @@ def spec(folder: Path, method: dict[str, Any], **sweep: Any) -> TrialSpec:
 LORA = {"name": "lora", "rank": 4, "learning_rate": 5e-3, "dropout": 0.1}
 
 
-@pytest.mark.parametrize("method", [{"name": "zero_shot"}, LORA, {"name": "full"}], ids=lambda m: m["name"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "zero_shot"},
+        {"name": "few_shot", "shots": 2},
+        LORA,
+        {"name": "pissa", "rank": 2},
+        {"name": "full"},
+    ],
+    ids=lambda m: m["name"],
+)
 def test_finished_trial_is_recorded_with_its_scores_and_what_it_trained(
     tiny_model: Path, runs: list[FakeRun], method: dict[str, Any]
 ) -> None:
@@ -439,7 +465,7 @@ def test_finished_trial_is_recorded_with_its_scores_and_what_it_trained(
     assert [e.tags["set"] for e in result.report.examples] == ["evaluation"]
     assert result.speed is not None
     assert result.eval_loss is not None
-    trained = method["name"] != "zero_shot"
+    trained = not method["name"].endswith("_shot")
     assert (result.logged_model_id == "m-1") == trained
     assert any(name.endswith(".safetensors") for name in runs[0].files) == trained
     assert (result.cost.adapter_bytes > 0) == trained

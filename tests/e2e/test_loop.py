@@ -89,7 +89,7 @@ def test_the_winner_beat_the_control_and_became_champion(played):
     cwd, output = played
     sweep = _journal(cwd, "sweep")
     assert sweep["decision"]["outcome"] == "promote"
-    assert sweep["decision"]["incumbent"] == "the untuned base"
+    assert sweep["decision"]["incumbent"] == "the untuned base (zero_shot)"
     (overall, *_) = sweep["decision"]["evidence"]
     assert overall["low"] > 0
     assert "utility-support/1 is the champion" in output
@@ -169,7 +169,7 @@ def page(browser):
 def test_the_leaderboard_link_shows_every_trial_with_its_score(running, page):
     _, urls = running
     page.goto(urls["MLflow"])
-    for label in ("zero_shot", "full lr=5e-05", "lora rank=8 lr=0.002"):
+    for label in ("zero_shot", "full lr=5e-05", "lora rank=16 lr=0.002"):
         page.get_by_text(label, exact=True).first.wait_for(timeout=60_000)
     page.get_by_text("eval/rougeL").first.wait_for(timeout=60_000)
     if folder := os.environ.get("REGRAFT_SCREENSHOTS"):

@@ -11,6 +11,7 @@ from typing import Annotated, get_args
 from pydantic import Field, TypeAdapter
 
 from regraft.methods.base import Method
+from regraft.methods.few_shot import FewShot
 from regraft.methods.full import Full
 from regraft.methods.hadamard import LoHa
 from regraft.methods.ia3 import IA3
@@ -26,6 +27,7 @@ from regraft.methods.zero_shot import ZeroShot
 
 AnyMethod = Annotated[
     ZeroShot
+    | FewShot
     | Full
     | LoRA
     | RsLoRA
@@ -65,6 +67,7 @@ __all__ = [
     "OFT",
     "AnyMethod",
     "DoRA",
+    "FewShot",
     "Full",
     "LoHa",
     "LoKr",

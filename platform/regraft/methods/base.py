@@ -6,10 +6,13 @@ checked without loading either.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from regraft.records import Example, Message
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +49,10 @@ class Method(BaseModel):
         short = {"learning_rate": "lr", "virtual_tokens": "tokens"}
         parts = [f"{short.get(f, f)}={getattr(self, f):g}" for f in self.label_fields]
         return " ".join([self.name, *parts])
+
+    def shown(self, train: Sequence[Example]) -> tuple[Message, ...]:
+        """Turns to show before every prompt, taken from the training split; none for most methods."""
+        return ()
 
     def load_base(self, path: Path, dtype: DTypeName, device: str) -> nn.Module:
         """Load the base model this method starts from, in evaluation mode and frozen.

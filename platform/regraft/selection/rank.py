@@ -157,5 +157,5 @@ def _why(
     words += f" of those with {bounds}" if bounds else f" of {len(scored)}"
     control = next((t for t in scored if t.is_control), None)
     if control is not None:
-        words += f"; the untuned base scores {_quality(control, objective):.3f}"
+        words += f"; the control {control.label} scores {_quality(control, objective):.3f}"
     return words

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from regraft.errors import DataError
 from regraft.models import prompt_ids
-from regraft.records import Example
+from regraft.records import Example, Message
 
 if TYPE_CHECKING:
     import torch
@@ -44,20 +44,31 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device) for tensor in self))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Encoded:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, shown: Sequence[Message] = ()
+) -> Encoded:
     """Turn a chat into token ids by the model's own template, supervising every assistant turn.
 
     A turn's supervised tokens are what the template adds for it after the generation prompt, including the
     end-of-turn token: the model has to learn to stop.
 
+    Args:
+        tokenizer: The model's, with a chat template.
+        example: The chat.
+        max_length: The most tokens of the example itself.
+        shown: Turns before its own, not supervised.
+
     Raises:
         DataError: If the chat is longer than `max_length`, or the template rewrites earlier turns when later
             ones follow (then which tokens are the assistant's cannot be told).
     """
+    own = len(_render(tokenizer, example)) if shown else None
+    first = len(shown) + (example.messages[0].role == "system")
+    example = example.after(shown)
     full = _render(tokenizer, example)
     labels = [IGNORED] * len(full)
     for index, message in enumerate(example.messages):
-        if message.role != "assistant":
+        if message.role != "assistant" or index < first:
             continue
         before = prompt_ids(tokenizer, example.messages[:index])
         upto = full if index == len(example.messages) - 1 else _render(tokenizer, example, index + 1)
@@ -67,9 +78,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
                 "split the conversation into single-turn examples, or use another template",
             )
         labels[len(before) : len(upto)] = full[len(before) : len(upto)]
-    if len(full) > max_length:
+    length = len(full) if own is None else own
+    if length > max_length:
         raise DataError(
-            f"example {example.id} has {len(full)} tokens, more than sweep.max_length = {max_length}",
+            f"example {example.id} has {length} tokens, more than sweep.max_length = {max_length}",
             "shorten the example or raise sweep.max_length",
         )
     return Encoded(tuple(full), tuple(labels))

@@ -199,7 +199,9 @@ class _Attempt:
         examples = union_of_evaluations(self.dataset)
         # Evenly over the sets, which follow one another.
         stride = max(1, -(-len(examples) // (spec.sweep.loss_examples or len(examples))))
-        held_out = [encode(tokenizer, e, spec.sweep.max_length) for e in examples[::stride]]
+        shown = method.shown(self.dataset.split("train"))
+        held_out = [encode(tokenizer, e, spec.sweep.max_length, shown) for e in examples[::stride]]
+        examples = tuple(e.after(shown) for e in examples)
         base = self.bases.take(method, base_model.path, spec.model.dtype, self.device)
         # First weights are drawn here; what this process did before must not decide them.
         torch.manual_seed(spec.sweep.seed)
