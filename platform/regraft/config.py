@@ -67,6 +67,9 @@ class DataSection(Section):
         return value
 
 
+ScheduleName = Literal["linear", "cosine", "constant"]
+
+
 class AshaSection(Section):
     """Asynchronous successive halving (Li et al., arXiv:1810.05934) over evaluation points."""
 
@@ -84,7 +87,20 @@ class SweepSection(Section):
     epochs: float = Field(2.0, gt=0)
     tokens_per_batch: int = Field(1024, ge=16, description="Tokens of a micro-batch, padding included.")
     max_length: int = Field(512, ge=16, description="Tokens of one example; longer ones are refused.")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="Micro-batches a step and worker; every supervised token of a step counts the same.",
+    )
+    schedule: ScheduleName = Field(
+        "linear", description="How the rate falls to zero after the warm-up, or not."
+    )
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices alone.")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute activations again in the backward pass: less memory, about a third slower.",
+    )
     max_gradient_norm: float = Field(1.0, gt=0)
     evaluations: int = Field(4, ge=1, description="Evaluation points over a trial, evenly spread.")
     loss_examples: int | None = Field(

@@ -18,10 +18,11 @@ from regraft.methods import FewShot, Full, LoRA, QLoRA, ZeroShot, parse_method
 from regraft.methods.base import trainable_parameters
 from regraft.models import load_tokenizer, prompt_ids, resolve
 from regraft.records import Example, LossPoint, Message, TrialResult
+from regraft.training import loop as loops
 from regraft.training import trial as trials
 from regraft.training.batches import IGNORED, Encoded, bucket, collate, encode
 from regraft.training.candidate import BaseCache, score
-from regraft.training.loop import LoopSettings, Outcome, evaluation_loss, train
+from regraft.training.loop import LoopSettings, Outcome, Workers, evaluation_loss, share_of_rate, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import least_gib, parameter_count, require_memory
 from regraft.training.trial import TrialSpec, run_trial
@@ -271,6 +272,84 @@ def loop(
         model, base, rows, rows, settings, pad_id=0, device="cpu", report=changes.get("report", lambda _: None)
     )  # fmt: skip
     return base, model, outcome
+
+
+def test_micro_batches_of_a_step_weigh_as_their_tokens_and_give_the_step_of_one_batch(
+    tiny_model: Path, rows: list[Encoded]
+) -> None:
+    weights, steps = [], []
+    for budget, accumulate in ((10_000, 1), (1, len(rows)), (100, len(rows))):
+        _, model, outcome = loop(
+            tiny_model, rows, tokens_per_batch=budget, accumulate=accumulate, epochs=2, evaluations=1
+        )
+        weights.append([p.detach().clone() for p in trainable_parameters(model)])
+        steps.append(outcome.points[-1].step)
+    assert steps == [2, 2, 2]
+    assert len({row.supervised for row in rows}) > 1  # or means of means would pass too
+    for other in weights[1:]:
+        for a, b in zip(weights[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_workers_share_every_step_and_agree_on_its_tokens(size: int, accumulate: int) -> None:
+    examples = [fake(10, supervised=n) for n in range(1, 8)]
+    settings = LoopSettings(1e-3, epochs=2, tokens_per_batch=10, accumulate=accumulate)
+    plans = [loops._plan(examples, settings, Workers(rank, size)) for rank in range(size)]
+    assert len({len(plan) for plan in plans}) == 1
+    for step in zip(*plans, strict=True):
+        assert len({len(s.groups) for s in step}) == 1
+        supervised = sum(e.supervised for s in step for group in s.groups for e in group)
+        assert {s.supervised for s in step} == {supervised}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_checkpointed_activations_change_memory_and_nothing_else(
+    tiny_model: Path, rows: list[Encoded], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls: list[int] = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda *a, **k: (calls.append(1), forward(*a, **k))[1])
+    _, _, plain = loop(tiny_model, rows, kind, learning_rate=1e-3)
+    plainly = len(calls)
+    base, _, outcome = loop(tiny_model, rows, kind, learning_rate=1e-3, gradient_checkpointing=True)
+    assert len(calls) - plainly > plainly  # forwards were run again
+    for a, b in zip(outcome.points, plain.points, strict=True):
+        assert (a.train_loss, a.eval_loss) == pytest.approx((b.train_loss, b.eval_loss), rel=1e-4)
+    assert not base.is_activation_checkpointing
+
+
+def test_rates_rise_linearly_and_fall_as_the_schedule_says() -> None:
+    linear, cosine, constant = (
+        [share_of_rate(name, 20, 0.2, step) for step in range(21)]
+        for name in ("linear", "cosine", "constant")
+    )
+    assert cosine[:5] == constant[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert constant[3:20] == [1.0] * 17
+    assert cosine[12] == pytest.approx(0.5)  # half-way between warm-up and end
+    assert linear[10] == 0.5
+    for curve in (linear, cosine):
+        assert curve[4:] == sorted(curve[4:], reverse=True)
+        assert curve[19] < 0.1
+    assert linear[20] == cosine[20] == constant[20] == 0.0
+
+
+def test_weight_decay_shrinks_matrices_and_spares_vectors(tiny_model: Path, rows: list[Encoded]) -> None:
+    found = {}
+    for decay in (0.0, 0.5):
+        _, model, _ = loop(
+            tiny_model, rows, "base", learning_rate=1e-2, tokens_per_batch=10_000, epochs=1,
+            evaluations=1, weight_decay=decay, schedule="constant", warmup_fraction=0.0,
+        )  # fmt: skip
+        found[decay] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for name, free in found[0.0].items():
+        if free.ndim > 1:
+            assert found[0.5][name].norm() < free.norm()
+        else:
+            assert torch.equal(found[0.5][name], free)
 
 
 def test_same_seed_gives_exactly_the_same_curve_and_another_seed_another(

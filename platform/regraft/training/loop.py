@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.errors import InfeasibleTrialError
@@ -35,6 +36,17 @@ class LoopSettings(NamedTuple):
     max_gradient_norm: float = 1.0
     evaluations: int = 4
     seed: int = 0
+    accumulate: int = 1
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    gradient_checkpointing: bool = False
+
+
+class Step(NamedTuple):
+    """One optimiser step of this worker: its micro-batches, and the supervised tokens of all workers."""
+
+    groups: tuple[list[Encoded], ...]
+    supervised: int
 
 
 class Workers(NamedTuple):
@@ -73,7 +85,7 @@ def train(
     """Train the parameters that require gradients.
 
     Each step's loss is the sum over the step's supervised tokens, of all workers, over their number: a token
-    counts the same whatever batch it falls into. AdamW, linear warm-up and linear decay to zero.
+    counts the same whatever batch it falls into. AdamW, linear warm-up, then the schedule.
 
     Args:
         model: What is called, in training mode afterwards: the base itself or a PEFT model around it.
@@ -95,36 +107,40 @@ def train(
     parameters = trainable_parameters(model)
     plan = _plan(train_set, settings, workers)
     total = len(plan)
-    optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    warmup = max(1, round(total * settings.warmup_fraction))
+    optimiser = _optimiser(parameters, settings, device)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: min(1.0, (step + 1) / warmup) * (total - step) / total if step < total else 0.0,
+        optimiser, partial(share_of_rate, settings.schedule, total, settings.warmup_fraction)
     )
     marks = {round(total * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     points: list[LossPoint] = []
     seen, since_loss, since_tokens, started, paused = 0, 0.0, 0, time.monotonic(), 0.0
-    with supervised_positions_only(base):
+    with supervised_positions_only(base), checkpointing(base, settings.gradient_checkpointing):
         wrapped = workers.wrap(model)
-        for step, group in enumerate(plan, start=1):
+        for step, (groups, token_sum) in enumerate(plan, start=1):
             wrapped.train()
-            batch = collate(group, pad_id).to(device)
-            supervised = sum(e.supervised for e in group)
-            with autocast(model, device):
-                loss = wrapped(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-                ).loss
-            loss_sum, token_sum = _sum_over_workers(float(loss.detach()), supervised, workers)
+            loss_here = 0.0
+            for place, group in enumerate(groups, start=1):
+                batch = collate(group, pad_id).to(device)
+                # Workers exchange gradients once a step: with the last micro-batch.
+                with _no_exchange(wrapped, place < len(groups)):
+                    with autocast(model, device):
+                        loss = wrapped(
+                            input_ids=batch.input_ids,
+                            attention_mask=batch.attention_mask,
+                            labels=batch.labels,
+                        ).loss
+                    # DDP averages gradients over workers; the division is by the tokens of all of them.
+                    (loss * workers.size / token_sum).backward()
+                loss_here += float(loss.detach())
+            loss_sum = _sum_over_workers(loss_here, workers)
             if not math.isfinite(loss_sum):
                 raise InfeasibleTrialError(f"diverged: the loss is {loss_sum} at step {step} of {total}")
-            # DDP averages gradients over workers; the division is by the tokens of all of them.
-            (loss * workers.size / token_sum).backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
             rate = optimiser.param_groups[0]["lr"]
             optimiser.step()
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
-            seen += sum(len(e.ids) for e in group) * workers.size
+            seen += sum(len(e.ids) for group in groups for e in group) * workers.size
             since_loss, since_tokens = since_loss + loss_sum, since_tokens + token_sum
             if step in marks:
                 pause = time.monotonic()
@@ -181,26 +197,82 @@ def autocast(model: nn.Module, device: str) -> Any:
     return nullcontext()
 
 
-def _plan(examples: Sequence[Encoded], settings: LoopSettings, workers: Workers) -> list[list[Encoded]]:
-    """This worker's batches, in order; the same number on every worker."""
+def share_of_rate(schedule: str, total: int, warmup_fraction: float, step: int) -> float:
+    """The learning rate at a step (from 0), as a share of the highest.
+
+    Linear warm-up over the first steps; `linear` falls over the whole run, `cosine` over what follows the
+    warm-up, `constant` stays.
+    """
+    warmup = max(1, round(total * warmup_fraction))
+    rising = min(1.0, (step + 1) / warmup)
+    if step >= total:
+        return 0.0
+    if schedule == "linear":
+        return rising * (total - step) / total
+    if schedule == "cosine":
+        done = max(0, step - warmup) / max(1, total - warmup)
+        return rising * 0.5 * (1 + math.cos(math.pi * done))
+    return rising
+
+
+@contextmanager
+def checkpointing(base: Any, wanted: bool) -> Iterator[None]:
+    """Compute the base's activations again in the backward pass while open.
+
+    transformers makes the embeddings' outputs need a gradient, as a checkpoint whose inputs need none may
+    train nothing below it; that is taken back with the rest.
+    """
+    if not wanted:
+        yield
+        return
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        base.activation_checkpointing_disable()
+        base.disable_input_require_grads()
+
+
+def _optimiser(parameters: list[Any], settings: LoopSettings, device: str) -> torch.optim.Optimizer:
+    """AdamW; weight decay spares vectors, which are norms, biases and scales."""
+    import torch
+
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    kept = [g for g in groups if g["params"]]
+    return torch.optim.AdamW(kept, lr=settings.learning_rate, fused=device.startswith("cuda") or None)
+
+
+def _no_exchange(wrapped: Any, wanted: bool) -> Any:
+    return wrapped.no_sync() if wanted and hasattr(wrapped, "no_sync") else nullcontext()
+
+
+def _plan(examples: Sequence[Encoded], settings: LoopSettings, workers: Workers) -> list[Step]:
+    """This worker's steps, in order; the same number on every worker."""
     rng = random.Random(settings.seed)
-    batches: list[list[Encoded]] = []
+    steps: list[Step] = []
     for _ in range(math.ceil(settings.epochs)):
         groups = bucket(examples, settings.tokens_per_batch, rng=rng)
-        whole = len(groups) - len(groups) % workers.size if len(groups) >= workers.size else 0
+        # Every worker has the same number of micro-batches in a step; an epoch's last step may have fewer.
+        whole = len(groups) - len(groups) % workers.size
         if not whole:
             raise InfeasibleTrialError(f"{len(groups)} batches cannot be shared among {workers.size} workers")
-        batches += groups[workers.rank : whole : workers.size]
-    return batches[: max(1, math.ceil(len(batches) * settings.epochs / math.ceil(settings.epochs)))]
+        for start in range(0, whole, settings.accumulate * workers.size):
+            of_all = groups[start : min(whole, start + settings.accumulate * workers.size)]
+            supervised = sum(e.supervised for group in of_all for e in group)
+            steps.append(Step(tuple(of_all[workers.rank :: workers.size]), supervised))
+    return steps[: max(1, math.ceil(len(steps) * settings.epochs / math.ceil(settings.epochs)))]
 
 
-def _sum_over_workers(loss: float, tokens: int, workers: Workers) -> tuple[float, int]:
+def _sum_over_workers(loss: float, workers: Workers) -> float:
     if workers.size == 1:
-        return loss, tokens
+        return loss
     import torch
     import torch.distributed as dist
 
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    both: torch.Tensor = torch.tensor([loss, float(tokens)], dtype=torch.float64, device=device)
-    dist.all_reduce(both)
-    return float(both[0]), int(both[1])
+    total: torch.Tensor = torch.tensor(loss, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total)

@@ -64,6 +64,9 @@ class TrialSpec(Record):
             "warmup_fraction",
             "max_gradient_norm",
             "seed",
+            "accumulate",
+            "schedule",
+            "weight_decay",
         }
         decisive |= {"workers_per_trial", "evaluations", "loss_examples"}
         return content_hash(
@@ -284,6 +287,10 @@ class _Attempt:
             max_gradient_norm=sweep.max_gradient_norm,
             evaluations=sweep.evaluations,
             seed=sweep.seed,
+            accumulate=sweep.accumulate,
+            schedule=sweep.schedule,
+            weight_decay=sweep.weight_decay,
+            gradient_checkpointing=sweep.gradient_checkpointing,
         )
 
     def _on_point(self, point: LossPoint) -> None:
