@@ -109,6 +109,9 @@ class SweepSection(Section):
         description="Evaluation loss over at most so many examples, evenly chosen; all if not given.",
     )
     asha: AshaSection | None = AshaSection()
+    checkpoint_seconds: float = Field(
+        300, ge=0, description="Least time between checkpoints, from which a trial cut short goes on."
+    )
     samples: int = Field(1, ge=1, description="Draws for each grid point whose method has a range.")
     seed: int = 0
     cpus_per_trial: float = Field(1, gt=0)

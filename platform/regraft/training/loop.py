@@ -10,13 +10,13 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.errors import InfeasibleTrialError
 from regraft.methods.base import trainable_parameters
 from regraft.records import LossPoint
-from regraft.training.batches import Encoded, bucket, collate
+from regraft.training.batches import Batch, Encoded, bucket, collate
+from regraft.training.checkpoints import Checkpoints, Progress
 from regraft.training.loss import supervised_positions_only
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def train(
     device: str,
     report: Report,
     workers: Workers = Workers(),  # noqa: B008
+    checkpoints: Checkpoints | None = None,
 ) -> Outcome:
     """Train the parameters that require gradients.
 
@@ -97,6 +98,8 @@ def train(
         device: Where the model is.
         report: Called on every worker after each evaluation; may raise to stop the trial.
         workers: This process's place among its peers.
+        checkpoints: Where to go on from, and to keep the state; the first worker writes. What was reported
+            before a crash is reported again.
 
     Raises:
         InfeasibleTrialError: If the loss is no longer a number.
@@ -108,37 +111,36 @@ def train(
     plan = _plan(train_set, settings, workers)
     total = len(plan)
     optimiser = _optimiser(parameters, settings, device)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, partial(share_of_rate, settings.schedule, total, settings.warmup_fraction)
-    )
     marks = {round(total * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     points: list[LossPoint] = []
     seen, since_loss, since_tokens, started, paused = 0, 0.0, 0, time.monotonic(), 0.0
+    done = checkpoints.restore(model, optimiser, total, device) if checkpoints else None
+    if done is not None:
+        seen, since_loss, since_tokens = done.tokens_seen, done.loss_sum, done.loss_tokens
+        started -= done.seconds
+        for point in done.points:
+            points.append(point)
+            report(point)
     with supervised_positions_only(base), checkpointing(base, settings.gradient_checkpointing):
         wrapped = workers.wrap(model)
         for step, (groups, token_sum) in enumerate(plan, start=1):
+            if done is not None and step <= done.step:
+                continue
             wrapped.train()
-            loss_here = 0.0
-            for place, group in enumerate(groups, start=1):
-                batch = collate(group, pad_id).to(device)
-                # Workers exchange gradients once a step: with the last micro-batch.
-                with _no_exchange(wrapped, place < len(groups)):
-                    with autocast(model, device):
-                        loss = wrapped(
-                            input_ids=batch.input_ids,
-                            attention_mask=batch.attention_mask,
-                            labels=batch.labels,
-                        ).loss
-                    # DDP averages gradients over workers; the division is by the tokens of all of them.
-                    (loss * workers.size / token_sum).backward()
-                loss_here += float(loss.detach())
-            loss_sum = _sum_over_workers(loss_here, workers)
+            # Random numbers follow from the step and the worker, whether it was reached in one go or in two.
+            torch.manual_seed((settings.seed * 2**40 + step * 2**16 + workers.rank) % 2**63)
+            rate = settings.learning_rate * share_of_rate(
+                settings.schedule, total, settings.warmup_fraction, step - 1
+            )
+            for parameter_group in optimiser.param_groups:
+                parameter_group["lr"] = rate
+            # DDP averages gradients over workers; the division is by the tokens of all of them.
+            batches = [collate(group, pad_id).to(device) for group in groups]
+            loss_sum = _sum_over_workers(_gradients(wrapped, batches, workers.size / token_sum), workers)
             if not math.isfinite(loss_sum):
                 raise InfeasibleTrialError(f"diverged: the loss is {loss_sum} at step {step} of {total}")
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
-            rate = optimiser.param_groups[0]["lr"]
             optimiser.step()
-            schedule.step()
             optimiser.zero_grad(set_to_none=True)
             seen += sum(len(e.ids) for group in groups for e in group) * workers.size
             since_loss, since_tokens = since_loss + loss_sum, since_tokens + token_sum
@@ -162,6 +164,10 @@ def train(
                 points.append(point)
                 report(point)
                 paused += time.monotonic() - pause
+            if checkpoints and workers.rank == 0 and step < total and checkpoints.due:
+                seconds = time.monotonic() - started - paused
+                progress = Progress(step, total, seen, since_loss, since_tokens, seconds, tuple(points))
+                checkpoints.save(model, optimiser, progress)
     return Outcome(tuple(points), seen, time.monotonic() - started - paused)
 
 
@@ -243,6 +249,19 @@ def _optimiser(parameters: list[Any], settings: LoopSettings, device: str) -> to
     ]
     kept = [g for g in groups if g["params"]]
     return torch.optim.AdamW(kept, lr=settings.learning_rate, fused=device.startswith("cuda") or None)
+
+
+def _gradients(wrapped: Any, batches: Sequence[Batch], weight: float) -> float:
+    """Add up a step's gradients over its micro-batches, of the loss times `weight`; gives the summed loss."""
+    total = 0.0
+    for place, batch in enumerate(batches, start=1):
+        # Workers exchange gradients once a step: with the last micro-batch.
+        with _no_exchange(wrapped, place < len(batches)):
+            with autocast(wrapped, batch.input_ids.device.type):
+                loss = wrapped(**batch._asdict()).loss
+            (loss * weight).backward()
+        total += float(loss.detach())
+    return total
 
 
 def _no_exchange(wrapped: Any, wanted: bool) -> Any:

@@ -23,12 +23,13 @@ from regraft.tracking.runs import Tracker
 from regraft.tracking.trials import TrialRun
 from regraft.training.batches import encode
 from regraft.training.candidate import BaseCache, score, speed
+from regraft.training.checkpoints import Checkpoints, checkpoint_folder
 from regraft.training.loop import LoopSettings, Outcome, Workers, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import peak_gib, require_memory, reset_peak
 
 #: Raised whenever a change to training or evaluation makes earlier trials incomparable.
-TRIAL_VERSION = 1
+TRIAL_VERSION = 2
 
 STOPPED_REASON = "stopped early: others did better at the same point"
 
@@ -48,6 +49,7 @@ class TrialSpec(Record):
     dataset_id: str
     sweep: SweepSection
     evaluate: EvaluateSection
+    storage: str = ""
 
     @property
     def parsed(self) -> Method:
@@ -147,23 +149,23 @@ def run_trial(
     try:
         result = attempt.go()
     except InfeasibleTrialError as error:
-        _record(run, attempt.result("infeasible", error.problem))
+        attempt.record(attempt.result("infeasible", error.problem))
         report({"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": error.problem})
         return
     except (SystemExit, KeyboardInterrupt):
-        _record(run, attempt.result("stopped", STOPPED_REASON))
+        attempt.record(attempt.result("stopped", STOPPED_REASON))
         raise
     except Exception as error:
         if _is_out_of_memory(error):
             reason = (
                 f"out of memory: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
             )
-            _record(run, attempt.result("infeasible", reason))
+            attempt.record(attempt.result("infeasible", reason))
             report({"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": reason})
             return
-        _record(run, attempt.result("failed", f"{type(error).__name__}: {error}"))
+        attempt.record(attempt.result("failed", f"{type(error).__name__}: {error}"))
         raise
-    _record(run, result)
+    attempt.record(result)
     report({"eval_loss": result.eval_loss, "point": spec.points, "status": "completed"})
 
 
@@ -185,6 +187,8 @@ class _Attempt:
         self.started = time.monotonic()
         self.cost = Cost()
         self.device = pick_device(spec.model.device)
+        folder = checkpoint_folder(spec.storage, spec.key) if spec.storage else None
+        self.checkpoints = Checkpoints(folder, spec.sweep.checkpoint_seconds) if folder else None
 
     def go(self) -> TrialResult:
         """Train and score."""
@@ -215,6 +219,7 @@ class _Attempt:
             outcome = train(
                 model, base, rows, held_out, self._loop_settings(method),
                 pad_id=pad_id, device=self.device, report=self._on_point, workers=self.workers,
+                checkpoints=self.checkpoints,
             )  # fmt: skip
         else:
             with supervised_positions_only(base):
@@ -302,6 +307,13 @@ class _Attempt:
         )
         self.report({"eval_loss": point.eval_loss, "point": len(self.points), "status": "training"})
 
+    def record(self, result: TrialResult) -> None:
+        """Write the record, on the first worker; what is finished needs no checkpoint any more."""
+        if self.run is not None:
+            self.run.finish(result)
+            if self.checkpoints and result.status != "failed":
+                self.checkpoints.clear()
+
     def result(self, status: TrialStatus, reason: str = "") -> TrialResult:
         """The record as far as it is known."""
         return self.spec.result(
@@ -311,11 +323,6 @@ class _Attempt:
             eval_loss=next((p.eval_loss for p in reversed(self.points) if p.eval_loss is not None), None),
             cost=self.cost,
         )
-
-
-def _record(run: TrialRun | None, result: TrialResult) -> None:
-    if run is not None:
-        run.finish(result)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

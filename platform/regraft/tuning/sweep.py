@@ -75,7 +75,7 @@ def run_sweep(
     )
     for result in plan.finished.values():
         say(f"found {result.label}: {result.status}, not run again")
-    remaining = [s.model_copy(update={"sweep_run_id": run_id}) for s in plan.remaining]
+    remaining = [s.model_copy(update={"sweep_run_id": run_id, "storage": storage}) for s in plan.remaining]
     killed: dict[str, TrialResult] = {}
     if remaining:
         say(f"running {len(remaining)} trials of {len(plan.specs)}")

@@ -1,0 +1,123 @@
+"""Where training stands, on disk: enough to go on after a crash as if there had been none.
+
+The batches follow from the seed and a step's random numbers from seed, step and worker, so trained weights,
+optimiser state and counters are all there is to keep. One folder, replaced whole: the last checkpoint alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from regraft.records import LossPoint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_log = logging.getLogger(__name__)
+
+
+class Progress(NamedTuple):
+    """The counters of a run after `step` of `total` steps. Losses are sums over tokens, in nats."""
+
+    step: int
+    total: int
+    tokens_seen: int
+    loss_sum: float
+    loss_tokens: int
+    seconds: float
+    points: tuple[LossPoint, ...]
+
+
+class Checkpoints:
+    """The last checkpoint of one trial."""
+
+    def __init__(self, folder: Path, every_seconds: float) -> None:
+        """Keep checkpoints.
+
+        Args:
+            folder: Of this trial alone, on storage that all its workers reach; made when first needed.
+            every_seconds: Least time between two; more where writing one takes long, so that no more than a
+                twentieth of the time goes there.
+        """
+        self.folder = folder
+        self.every_seconds = every_seconds
+        self._last = time.monotonic()
+        self._took = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for one."""
+        return time.monotonic() - self._last >= max(self.every_seconds, 20 * self._took)
+
+    def save(self, model: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+        """Replace the last checkpoint; a crash in between leaves the old one, or the new one."""
+        import torch
+        from safetensors.torch import save_file
+
+        began = time.monotonic()
+        part, old = (self.folder.with_name(f".{self.folder.name}.{kind}") for kind in ("part", "old"))
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        part.mkdir(parents=True)
+        weights = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+        save_file(weights, part / "weights.safetensors")
+        torch.save(optimiser.state_dict(), part / "optimiser.pt")
+        counters = progress._asdict() | {"points": [p.model_dump() for p in progress.points]}
+        (part / "progress.json").write_text(json.dumps(counters))
+        if self.folder.exists():
+            self.folder.rename(old)
+        part.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+        self._last = time.monotonic()
+        self._took = self._last - began if self.every_seconds else 0.0
+
+    def restore(
+        self, model: nn.Module, optimiser: torch.optim.Optimizer, total: int, device: str
+    ) -> Progress | None:
+        """Put model and optimiser where the last checkpoint left them; None if there is none that fits.
+
+        Args:
+            model: As it was when training began.
+            optimiser: Over the same parameters in the same order.
+            total: Steps of the whole run; a checkpoint of another plan is not used.
+            device: Where the model is.
+        """
+        import torch
+        from safetensors.torch import load_file
+
+        old = self.folder.with_name(f".{self.folder.name}.old")
+        folder = self.folder if self.folder.exists() else old  # a crash between two renames
+        if not (folder / "progress.json").exists():
+            return None
+        counters: dict[str, Any] = json.loads((folder / "progress.json").read_text())
+        weights = load_file(folder / "weights.safetensors", device=device)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if counters["total"] != total or weights.keys() != trained.keys():
+            _log.warning("%s is of another run: training starts from the beginning", folder)
+            return None
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+        # weights_only: a checkpoint runs no code, whoever wrote it.
+        optimiser.load_state_dict(torch.load(folder / "optimiser.pt", map_location=device, weights_only=True))
+        points = tuple(LossPoint.model_validate(p) for p in counters.pop("points"))
+        return Progress(**counters, points=points)
+
+    def clear(self) -> None:
+        """Delete what was kept: the trial is finished."""
+        for folder in (
+            self.folder,
+            *(self.folder.with_name(f".{self.folder.name}.{k}") for k in ("part", "old")),
+        ):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def checkpoint_folder(storage: str, key: str) -> Path | None:
+    """Where a trial keeps its checkpoint; None on object stores, which have no folders to rename."""
+    return None if "://" in storage else Path(storage).resolve() / "checkpoints" / key
