@@ -636,6 +636,29 @@ def test_reused_process_loads_its_base_once_and_never_reuses_one_left_by_a_failu
         assert loads == ["lora", "lora"]
 
 
+def test_trial_cut_short_goes_on_where_it_was_and_a_finished_one_keeps_nothing(
+    tiny_model: Path, runs: list[FakeRun], tmp_path: Path
+) -> None:
+    wanted = spec(tiny_model, LORA, checkpoint_seconds=0).model_copy(update={"storage": str(tmp_path)})
+    kept = tmp_path / "checkpoints" / wanted.key
+
+    def lose_the_node(metrics: dict[str, Any]) -> None:
+        if metrics["point"] == 2:
+            raise ConnectionError("node lost")
+
+    with pytest.raises(ConnectionError):
+        run_trial(wanted, DATASET, report=lose_the_node, bases=BaseCache())
+    assert kept.is_dir()
+    reports: list[dict[str, Any]] = []
+    run_trial(wanted, DATASET, report=reports.append, bases=BaseCache())
+    assert [r["point"] for r in reports] == [1, 2, 3]
+    assert not kept.exists()
+    run_trial(spec(tiny_model, LORA), DATASET, report=lambda _: None, bases=BaseCache())
+    lost, resumed, whole = runs
+    assert lost.results[0].status == "failed"
+    assert resumed.curve == whole.curve
+
+
 def test_same_trial_gives_the_same_curve_whatever_the_process_did_before(
     tiny_model: Path, runs: list[FakeRun]
 ) -> None:
