@@ -107,9 +107,25 @@ def test_a_process_killed_while_it_writes_leaves_the_checkpoint_before(tiny_mode
     assert after == reported
 
 
+class Full(Checkpoints):
+    """No room for the next one."""
+
+    def save(self, model, optimiser, progress):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "save", raise_disk_full)
+            super().save(model, optimiser, progress)
+
+
+def raise_disk_full(*_):
+    raise OSError("disk full")
+
+
 def test_a_checkpoint_between_two_renames_is_found(tiny_model, tmp_path):
     run(tiny_model, METHODS[0], Checkpoints(tmp_path / "c", 0), stop_at=8)
     (tmp_path / "c").rename(tmp_path / ".c.old")
+    with pytest.raises(OSError, match="disk full"):  # what is there outlives the writing of the next one
+        run(tiny_model, METHODS[0], Full(tmp_path / "c", 0))
+    assert (tmp_path / ".c.old" / "progress.json").exists()
     _, _, after = run(tiny_model, METHODS[0], Checkpoints(tmp_path / "c", 3600))
     assert after == run(tiny_model, METHODS[0], None)[2]
 

@@ -43,9 +43,10 @@ class Checkpoints:
         Args:
             folder: Of this trial alone, on storage that all its workers reach; made when first needed.
             every_seconds: Least time between two; more where writing one takes long, so that no more than a
-                twentieth of the time goes there.
+                twentieth of the time goes there. With 0 there is one after every step, however long it takes.
         """
         self.folder = folder
+        self._part, self._old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("part", "old"))
         self.every_seconds = every_seconds
         self._last = time.monotonic()
         self._took = 0.0
@@ -53,7 +54,8 @@ class Checkpoints:
     @property
     def due(self) -> bool:
         """Whether it is time for one."""
-        return time.monotonic() - self._last >= max(self.every_seconds, 20 * self._took)
+        least = max(self.every_seconds, 20 * self._took) if self.every_seconds else 0.0
+        return time.monotonic() - self._last >= least
 
     def save(self, model: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
         """Replace the last checkpoint; a crash in between leaves the old one, or the new one."""
@@ -61,21 +63,20 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         began = time.monotonic()
-        part, old = (self.folder.with_name(f".{self.folder.name}.{kind}") for kind in ("part", "old"))
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        part.mkdir(parents=True)
-        weights = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-        save_file(weights, part / "weights.safetensors")
-        torch.save(optimiser.state_dict(), part / "optimiser.pt")
+        shutil.rmtree(self._part, ignore_errors=True)
+        self._part.mkdir(parents=True)
+        weights = {name: p.detach().contiguous() for name, p in _trained(model).items()}
+        save_file(weights, self._part / "weights.safetensors")
+        torch.save(optimiser.state_dict(), self._part / "optimiser.pt")
         counters = progress._asdict() | {"points": [p.model_dump() for p in progress.points]}
-        (part / "progress.json").write_text(json.dumps(counters))
-        if self.folder.exists():
-            self.folder.rename(old)
-        part.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+        (self._part / "progress.json").write_text(json.dumps(counters))
+        if self.folder.exists():  # or the old one is all there is, after a crash between the two renames
+            shutil.rmtree(self._old, ignore_errors=True)
+            self.folder.rename(self._old)
+        self._part.rename(self.folder)
+        shutil.rmtree(self._old, ignore_errors=True)
         self._last = time.monotonic()
-        self._took = self._last - began if self.every_seconds else 0.0
+        self._took = self._last - began
 
     def restore(
         self, model: nn.Module, optimiser: torch.optim.Optimizer, total: int, device: str
@@ -91,13 +92,12 @@ class Checkpoints:
         import torch
         from safetensors.torch import load_file
 
-        old = self.folder.with_name(f".{self.folder.name}.old")
-        folder = self.folder if self.folder.exists() else old  # a crash between two renames
+        folder = self.folder if self.folder.exists() else self._old  # a crash between two renames
         if not (folder / "progress.json").exists():
             return None
         counters: dict[str, Any] = json.loads((folder / "progress.json").read_text())
         weights = load_file(folder / "weights.safetensors", device=device)
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        trained = _trained(model)
         if counters["total"] != total or weights.keys() != trained.keys():
             _log.warning("%s is of another run: training starts from the beginning", folder)
             return None
@@ -111,13 +111,14 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Delete what was kept: the trial is finished."""
-        for folder in (
-            self.folder,
-            *(self.folder.with_name(f".{self.folder.name}.{k}") for k in ("part", "old")),
-        ):
+        for folder in (self.folder, self._part, self._old):
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _trained(model: nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def checkpoint_folder(storage: str, key: str) -> Path | None:
-    """Where a trial keeps its checkpoint; None on object stores, which have no folders to rename."""
-    return None if "://" in storage else Path(storage).resolve() / "checkpoints" / key
+    """Where a trial keeps its checkpoint; None without storage, and on object stores (no renames)."""
+    return None if not storage or "://" in storage else Path(storage).resolve() / "checkpoints" / key
