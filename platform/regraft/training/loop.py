@@ -106,7 +106,6 @@ def train(
     """
     import torch
 
-    torch.manual_seed(settings.seed)
     parameters = trainable_parameters(model)
     plan = _plan(train_set, settings, workers)
     total = len(plan)
@@ -115,17 +114,18 @@ def train(
     points: list[LossPoint] = []
     seen, since_loss, since_tokens, started, paused = 0, 0.0, 0, time.monotonic(), 0.0
     done = checkpoints.restore(model, optimiser, total, device) if checkpoints else None
+    first = 1
     if done is not None:
+        first = done.step + 1
         seen, since_loss, since_tokens = done.tokens_seen, done.loss_sum, done.loss_tokens
         started -= done.seconds
         for point in done.points:
             points.append(point)
             report(point)
+    precision = autocast(model, device)
     with supervised_positions_only(base), checkpointing(base, settings.gradient_checkpointing):
         wrapped = workers.wrap(model)
-        for step, (groups, token_sum) in enumerate(plan, start=1):
-            if done is not None and step <= done.step:
-                continue
+        for step, (groups, token_sum) in enumerate(plan[first - 1 :], start=first):
             wrapped.train()
             # Random numbers follow from the step and the worker, whether it was reached in one go or in two.
             torch.manual_seed((settings.seed * 2**40 + step * 2**16 + workers.rank) % 2**63)
@@ -136,7 +136,8 @@ def train(
                 parameter_group["lr"] = rate
             # DDP averages gradients over workers; the division is by the tokens of all of them.
             batches = [collate(group, pad_id).to(device) for group in groups]
-            loss_sum = _sum_over_workers(_gradients(wrapped, batches, workers.size / token_sum), workers)
+            loss_here = _gradients(wrapped, batches, precision, workers.size / token_sum)
+            loss_sum = _sum_over_workers(loss_here, workers)
             if not math.isfinite(loss_sum):
                 raise InfeasibleTrialError(f"diverged: the loss is {loss_sum} at step {step} of {total}")
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
@@ -182,10 +183,7 @@ def evaluation_loss(
     with torch.no_grad(), autocast(model, device):
         for group in bucket(examples, tokens_per_batch, rng=None):
             batch = collate(group, pad_id).to(device)
-            loss = model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-            ).loss
-            total += float(loss)
+            total += float(model(**batch._asdict()).loss)
             tokens += sum(e.supervised for e in group)
     return total / tokens
 
@@ -251,13 +249,13 @@ def _optimiser(parameters: list[Any], settings: LoopSettings, device: str) -> to
     return torch.optim.AdamW(kept, lr=settings.learning_rate, fused=device.startswith("cuda") or None)
 
 
-def _gradients(wrapped: Any, batches: Sequence[Batch], weight: float) -> float:
+def _gradients(wrapped: Any, batches: Sequence[Batch], precision: Any, weight: float) -> float:
     """Add up a step's gradients over its micro-batches, of the loss times `weight`; gives the summed loss."""
     total = 0.0
     for place, batch in enumerate(batches, start=1):
         # Workers exchange gradients once a step: with the last micro-batch.
         with _no_exchange(wrapped, place < len(batches)):
-            with autocast(wrapped, batch.input_ids.device.type):
+            with precision:
                 loss = wrapped(**batch._asdict()).loss
             (loss * weight).backward()
         total += float(loss.detach())
@@ -279,7 +277,7 @@ def _plan(examples: Sequence[Encoded], settings: LoopSettings, workers: Workers)
         if not whole:
             raise InfeasibleTrialError(f"{len(groups)} batches cannot be shared among {workers.size} workers")
         for start in range(0, whole, settings.accumulate * workers.size):
-            of_all = groups[start : min(whole, start + settings.accumulate * workers.size)]
+            of_all = groups[:whole][start : start + settings.accumulate * workers.size]
             supervised = sum(e.supervised for group in of_all for e in group)
             steps.append(Step(tuple(of_all[workers.rank :: workers.size]), supervised))
     return steps[: max(1, math.ceil(len(steps) * settings.epochs / math.ceil(settings.epochs)))]

@@ -187,7 +187,7 @@ class _Attempt:
         self.started = time.monotonic()
         self.cost = Cost()
         self.device = pick_device(spec.model.device)
-        folder = checkpoint_folder(spec.storage, spec.key) if spec.storage else None
+        folder = checkpoint_folder(spec.storage, spec.key)
         self.checkpoints = Checkpoints(folder, spec.sweep.checkpoint_seconds) if folder else None
 
     def go(self) -> TrialResult:
@@ -275,28 +275,16 @@ class _Attempt:
                     model_id = self.run.log_adapter(kept, name=name, params=spec.params, step=step)
         # Peak memory is of training and of answering: whatever was higher.
         self.cost = self.cost.model_copy(update={"memory_peak_gib": peak_gib(self.device)})
-        if method.kind != "full":
-            # What was loaded for scoring is clean below, even where the trained model was not.
-            self.bases.give_back(method.release(model), method, path, dtype, self.device)
+        # What was loaded for scoring is clean below, even where the trained model was not.
+        self.bases.give_back(method.release(model), method, path, dtype, self.device)
         return self.result("completed").model_copy(
             update={"report": report, "speed": timing, "logged_model_id": model_id}
         )
 
     def _loop_settings(self, method: Method) -> LoopSettings:
         sweep = self.spec.sweep
-        return LoopSettings(
-            learning_rate=method.learning_rate,
-            epochs=sweep.epochs,
-            tokens_per_batch=sweep.tokens_per_batch,
-            warmup_fraction=sweep.warmup_fraction,
-            max_gradient_norm=sweep.max_gradient_norm,
-            evaluations=sweep.evaluations,
-            seed=sweep.seed,
-            accumulate=sweep.accumulate,
-            schedule=sweep.schedule,
-            weight_decay=sweep.weight_decay,
-            gradient_checkpointing=sweep.gradient_checkpointing,
-        )
+        of_the_sweep = sweep.model_dump(include=set(LoopSettings._fields))  # they bear the same names
+        return LoopSettings(learning_rate=method.learning_rate, **of_the_sweep)
 
     def _on_point(self, point: LossPoint) -> None:
         self.points.append(point)
