@@ -5,7 +5,6 @@ Reading a file checks all of it before anything starts; an error names the field
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from regraft.errors import ConfigError
 from regraft.evals import AnyMetric, default_metrics
-from regraft.explain import dotted, explain, explain_method, place
+from regraft.explain import did_you_mean, dotted, explain, explain_method, place
 from regraft.methods import Method
 from regraft.methods.base import DTypeName
 from regraft.methods.search import SearchError, expand
@@ -262,10 +261,9 @@ class Experiment(Section):
         figures = names | {"eval_loss"} | set(Cost.model_fields) | set(Speed.model_fields) - {"how"}
         for index, constraint in enumerate(self.select.subject_to):
             if constraint.metric not in figures:
-                close = difflib.get_close_matches(constraint.metric, figures, n=1)
                 raise ValueError(
-                    f"select.subject_to.{index}: no trial records {constraint.metric!r}; "
-                    + (f"did you mean {close[0]!r}?" if close else f"there are {sorted(figures)}")
+                    f"select.subject_to.{index}: no trial records {constraint.metric!r}"
+                    + (did_you_mean(constraint.metric, figures) or f"; there are {sorted(figures)}")
                 )
         return self
 

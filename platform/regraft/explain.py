@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from regraft.errors import ConfigError
-from regraft.methods import METHOD_CLASSES
+from regraft.methods import METHODS_BY_NAME
 
 
 def dotted(loc: tuple[Any, ...]) -> str:
     """A field as people write it: `sweep.methods.1.rank`."""
     return ".".join(str(part) for part in loc)
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """The end of a message that names the closest of the known words; empty if none is close."""
+    close = difflib.get_close_matches(wrong, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def place(path: Path, tree: Any, loc: tuple[Any, ...]) -> str:
@@ -46,8 +53,7 @@ def explain(path: Path, tree: Any, error: ValidationError, model: type[BaseModel
             loc = tuple(int(p) if p.isdigit() else p for p in field.split("."))
             problem = rest
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(loc[-1]), _keys_at(model, loc[:-1]), n=1)
-            problem = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+            problem = "unknown key" + did_you_mean(str(loc[-1]), _keys_at(model, loc[:-1]))
         elif item["type"] == "missing":
             problem = "this key is required"
         lines.append(f"{place(path, tree, loc)}: {dotted(loc) or 'the file'}: {problem}")
@@ -69,17 +75,17 @@ def explain_method(
     path: Path, tree: Any, where: tuple[Any, ...], entry: dict[str, Any], error: ValidationError
 ) -> ConfigError:
     """What is wrong with one entry of `sweep.methods`, whose fields may be lists and ranges."""
-    classes = {str(c.model_fields["name"].default): c for c in METHOD_CLASSES}
     names = entry.get("name")
     name = (
-        next((n for n in names if n not in classes), names[0]) if isinstance(names, list) and names else names
+        next((n for n in names if n not in METHODS_BY_NAME), names[0])
+        if isinstance(names, list) and names
+        else names
     )
-    if not isinstance(name, str) or name not in classes:
-        close = difflib.get_close_matches(str(name), list(classes), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+    if not isinstance(name, str) or name not in METHODS_BY_NAME:
         return ConfigError(
-            f"{place(path, tree, (*where, 'name'))}: {dotted(where)}.name: unknown method {name!r}{hint}",
-            f"use one of {', '.join(classes)}",
+            f"{place(path, tree, (*where, 'name'))}: {dotted(where)}.name: unknown method {name!r}"
+            + did_you_mean(str(name), METHODS_BY_NAME),
+            f"use one of {', '.join(METHODS_BY_NAME)}",
         )
     lines = []
     for item in error.errors():
@@ -87,9 +93,9 @@ def explain_method(
         field = next((p for p in item["loc"][1:] if isinstance(p, str)), "")
         problem = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(field, list(classes[name].model_fields), n=1)
-            problem = f"{name} has no field {field!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            problem = f"{name} has no field {field!r}"
+            problem += did_you_mean(field, METHODS_BY_NAME[name].model_fields)
         loc = (*where, field)
         lines.append(f"{place(path, tree, loc)}: {dotted(loc)}: {problem}")
-    fields = ", ".join(classes[name].model_fields)
+    fields = ", ".join(METHODS_BY_NAME[name].model_fields)
     return ConfigError("\n".join(lines), f"{name} takes {fields}")

@@ -198,6 +198,15 @@ def test_lists_are_a_grid_in_their_order(write: Write) -> None:
     ]
 
 
+def test_every_list_of_modules_is_one_value(write: Write) -> None:
+    entry = "{name: ia3, target_modules: [k_proj, down_proj], feedforward_modules: [down_proj]}"
+    experiment = Experiment.load(write("{name: lora, rank: 8}", entry))
+    assert [getattr(m, "feedforward_modules", None) for m in experiment.sweep.expanded()] == [
+        None,
+        ("down_proj",),
+    ]
+
+
 def test_list_of_target_modules_is_one_value(write: Write) -> None:
     experiment = Experiment.load(write("rank: 8", "target_modules: [q_proj, v_proj]"))
     assert [getattr(m, "target_modules", None) for m in experiment.sweep.expanded()] == [

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from regraft.errors import ModelError
-from regraft.methods import METHOD_CLASSES, parse_method
+from regraft.methods import METHODS_BY_NAME, parse_method
 from regraft.records import ModelVersion
 
-ADAPTERS = [str(c.model_fields["name"].default) for c in METHOD_CLASSES if c.kind == "adapter"]
 #: Every method with an adapter, by its name, and the base alone; where a small case tells more, its settings.
 SETTINGS: dict[str, dict[str, object]] = {
     "base": {"name": "zero_shot"},
-    **{name: {"name": name} for name in ADAPTERS},
+    **{name: {"name": name} for name, method in METHODS_BY_NAME.items() if method.kind == "adapter"},
     "lora": {"name": "lora", "rank": 4},
     "prompt_tuning": {"name": "prompt_tuning", "virtual_tokens": 5, "initial_text": None},
     "p_tuning": {"name": "p_tuning", "virtual_tokens": 6, "encoder_hidden_size": 16},

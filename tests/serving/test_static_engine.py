@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from regraft.methods import METHOD_CLASSES, parse_method
+from regraft.methods import METHODS_BY_NAME, parse_method
 from regraft.models import load_tokenizer, prompt_ids
 from regraft.records import Message
 from serving.engines.base import (
@@ -27,7 +27,7 @@ from serving.engines.static import StaticEngine
 from serving.engines.text import Detokenizer, StopScanner
 
 SETTINGS: dict[str, dict[str, object]] = {}
-KINDS = ["base", *(str(c.model_fields["name"].default) for c in METHOD_CLASSES if c.kind == "adapter")]
+KINDS = ["base", *(name for name, method in METHODS_BY_NAME.items() if method.kind == "adapter")]
 QUESTIONS = [
     "Hello",
     "When is the meter reading due?",

@@ -13,13 +13,12 @@ from pydantic import Field, TypeAdapter
 from regraft.methods.base import Method
 from regraft.methods.few_shot import FewShot
 from regraft.methods.full import Full
-from regraft.methods.hadamard import LoHa
 from regraft.methods.ia3 import IA3
-from regraft.methods.kronecker import LoKr
 from regraft.methods.lora import DoRA, LoRA, RsLoRA
 from regraft.methods.lora_init import OLoRA, PiSSA
 from regraft.methods.oft import OFT
 from regraft.methods.p_tuning import PTuning
+from regraft.methods.products import LoHa, LoKr
 from regraft.methods.prompt_tuning import PromptTuning
 from regraft.methods.qlora import QLoRA
 from regraft.methods.vera import VeRA
@@ -46,6 +45,7 @@ AnyMethod = Annotated[
 ]
 
 METHOD_CLASSES: tuple[type[Method], ...] = get_args(get_args(AnyMethod)[0])
+METHODS_BY_NAME: dict[str, type[Method]] = {str(c.model_fields["name"].default): c for c in METHOD_CLASSES}
 _ADAPTER: TypeAdapter[Method] = TypeAdapter(AnyMethod)
 
 
@@ -63,6 +63,7 @@ def parse_method(settings: dict[str, object]) -> Method:
 
 __all__ = [
     "IA3",
+    "METHODS_BY_NAME",
     "METHOD_CLASSES",
     "OFT",
     "AnyMethod",

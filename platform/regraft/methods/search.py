@@ -8,13 +8,19 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
-from regraft.methods import METHOD_CLASSES, Method, parse_method
+from regraft.methods import METHOD_CLASSES, METHODS_BY_NAME, Method, parse_method
 from regraft.records import content_hash
 
 RANGES = ("loguniform", "uniform")
-_LIST_FIELDS = {"target_modules"}
+#: Fields whose value may itself be a list: there a list is one value, not several to try.
+_LIST_FIELDS = {
+    field
+    for cls in METHOD_CLASSES
+    for field, info in cls.model_fields.items()
+    if any(get_origin(kind) is tuple for kind in (info.annotation, *get_args(info.annotation)))
+}
 
 
 class SearchError(ValueError):
@@ -80,7 +86,7 @@ def _range(field: str, spec: dict[str, Any]) -> dict[str, list[float]]:
 
 def _whole_number_fields(name: Any) -> set[str]:
     """Fields of a method that take whole numbers: their draws are rounded."""
-    cls = next((c for c in METHOD_CLASSES if c.model_fields["name"].default == name), None)
+    cls = METHODS_BY_NAME.get(name)
     fields = cls.model_fields if cls else {}
     return {f for f, info in fields.items() if info.annotation is int or int in get_args(info.annotation)}
 
