@@ -86,9 +86,8 @@ def promote_winner(
         return version, settled  # this very sweep was settled before
     if champion is None:
         # The best of the controls: what prompting alone can do has to be beaten too.
-        objective = experiment.select.maximise
-        controls = [r for r in results if r.is_control and r.report and objective in r.report.means]
-        control = max(controls, key=lambda r: r.report.mean(objective) if r.report else 0, default=None)
+        best = next((row.key for row in board.rows if row.is_control and row.rank is not None), None)
+        control = next((r for r in results if r.key == best), None)
         if control is None or control.report is None:
             raise RegraftError(
                 "there is neither a champion nor a control to compare the winner with",

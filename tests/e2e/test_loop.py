@@ -68,7 +68,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         "loss_examples": 12,
     }
     experiment["evaluate"] |= {"max_new_tokens": 24, "latency_prompts": 1}
-    experiment["retrain"]["epochs"] = 1.6
+    experiment["retrain"]["epochs"] = 2.4
     experiment |= {"tracking": {"port": tracking}, "cluster": {"dashboard_port": dashboard}}
     experiment["serve"] |= {"port": endpoint}
     file.write_text(yaml.safe_dump(experiment))
@@ -111,7 +111,9 @@ def test_the_challenger_beats_the_champion_on_both_sets_together_and_takes_its_p
     assert done["version"]["version"] == 2
     evidence = {c["split"]: c for c in done["decision"]["evidence"]}
     assert set(evidence) == {"all sets", "evaluation", "storm"}
-    assert (done["decision"]["outcome"], evidence["all sets"]["low"] > 0) == ("promote", True)
+    assert done["decision"]["outcome"] == "promote", done["decision"]["reason"]
+    assert evidence["all sets"]["low"] > 0
+    assert evidence["storm"]["challenger_mean"] > evidence["storm"]["incumbent_mean"]
     assert "the endpoint answers from utility-support/2" in output
 
 
