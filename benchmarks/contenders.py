@@ -117,7 +117,7 @@ def trainer_parity(work: Workload, folder: Path) -> Run:
     import torch
     from transformers import Trainer, TrainerCallback
 
-    base, model = work.prepared()
+    _, model = work.prepared()
 
     def run(rows: Sequence[Encoded]) -> dict[str, Any]:
         groups = planned(rows, work)
@@ -155,12 +155,14 @@ def trainer_parity(work: Workload, folder: Path) -> Run:
 def trl(work: Workload, folder: Path) -> Run:
     """TRL's `SFTTrainer`, batches grouped by length, without gradient checkpointing."""
     return _sft(
-        work, folder, _base_settings(work, train_sampling_strategy="group_by_length", gradient_checkpointing=False)
+        work,
+        folder,
+        _base_settings(work, train_sampling_strategy="group_by_length", gradient_checkpointing=False),
     )
 
 
 def trl_packed(work: Workload, folder: Path) -> Run:
-    """TRL with packing: rows share a sequence, and attend to each other where the kernel has no boundaries."""
+    """TRL with packing: rows share a sequence and, where the kernel has no boundaries, attend across."""
     rows = max(1, work.tokens_per_batch // work.max_length)
     settings = _base_settings(work, packing=True, gradient_checkpointing=False)
     return _sft(work, folder, settings | {"per_device_train_batch_size": rows})
@@ -236,7 +238,9 @@ def _sft(work: Workload, folder: Path, settings: dict[str, Any]) -> Run:
 def counted(base: Any) -> Any:
     """Counts the positions that pass the embeddings."""
     tokens: list[int] = []
-    hook = base.get_input_embeddings().register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
+    hook = base.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: tokens.append(args[0].numel())
+    )
     try:
         yield tokens
     finally:

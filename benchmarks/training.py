@@ -1,13 +1,13 @@
 """Training speed and memory of Regraft's loop beside `transformers.Trainer` and TRL's `SFTTrainer`.
 
-All train LoRA on the same model and chats, in the same precision, with the same batch tokens and threads. They
-run by turns, a process each, so that a noisy machine slows all of them alike. Speed is real (unpadded) tokens a
-second, the median of the rounds; memory is the peak of the process, imports and model included. A parity run
-trains Regraft and Trainer on identical batches and compares the loss of every step.
+All train LoRA on the same model and chats, in the same precision, with the same batch tokens and threads.
+They run by turns, a process each, so that a noisy machine slows all of them alike. Speed is real (unpadded)
+tokens a second, the median of the rounds; memory is the peak of the process, imports and model included. A
+parity run trains Regraft and Trainer on identical batches and compares the loss of every step.
 
 The peers are tuned: batches grouped by length, adapters in fp32 on a bf16 base, no gradient checkpointing, no
-logging, no saving. `--all` adds TRL with packing and both libraries as they come out of the box. The ratios of
-the last line are against the fastest variant of each library that was run.
+logging, no saving. `--all` adds TRL with packing and both libraries as they come out of the box. The ratios
+of the last line are against the fastest variant of each library that was run.
 
     python benchmarks/training.py --quick
     python benchmarks/training.py --all --json result.json
@@ -49,12 +49,14 @@ def chats(examples: list[Any], count: int, longest: int, seed: int, tokenizer: A
 
 def main() -> None:
     """Run the contenders by turns and print the table and one JSON object."""
-    words = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument(
+        "--quick", action="store_true", help="fewer chats and rounds: under five minutes on two cores"
     )
-    words.add_argument("--quick", action="store_true", help="fewer chats and rounds: under five minutes on two cores")
     words.add_argument("--all", action="store_true", help="also the libraries' defaults and TRL with packing")
-    words.add_argument("--model", default="bundled:smollm2-135m-instruct", help="base model, as in regraft.yaml")
+    words.add_argument(
+        "--model", default="bundled:smollm2-135m-instruct", help="base model, as in regraft.yaml"
+    )
     words.add_argument("--method", default='{"name": "lora", "rank": 8}', help="a method's settings as JSON")
     words.add_argument("--data", type=Path, help="chats as JSONL; the example's turns, joined, if not given")
     words.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each contender")
@@ -74,7 +76,7 @@ def main() -> None:
     names = VARIANTS + (MORE_VARIANTS if settings.all else ())
     if settings.threads > len(os.sched_getaffinity(0)):
         words.error(f"--threads {settings.threads}: this machine lends {len(os.sched_getaffinity(0))} cores")
-    say(f"{', '.join(names)}: {settings.rounds} rounds of {settings.chats} chats, {settings.threads} thread(s)")
+    say(f"{', '.join(names)}: {settings.rounds} rounds, {settings.chats} chats, {settings.threads} thread(s)")
     results = run_by_turns(settings, names)
     ours = results["regraft"]
     say(f"\n{'':16} {'tokens/s':>9} {'range':>15} {'padding':>8} {'peak GiB':>9} {'speed':>7} {'memory':>7}")
@@ -139,7 +141,11 @@ def start(name: str) -> subprocess.Popen[str]:
     """A contender, waiting for its turn; its libraries' words go to its standard error."""
     command = [sys.executable, __file__, *sys.argv[1:], "--contender", name]
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    threads = {"TRL_EXPERIMENTAL_SILENCE": "1", "DISABLE_MLFLOW_INTEGRATION": "TRUE", "WANDB_DISABLED": "true"}
+    threads = {
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "DISABLE_MLFLOW_INTEGRATION": "TRUE",
+        "WANDB_DISABLED": "true",
+    }
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | quiet | threads
     )
@@ -165,10 +171,9 @@ def contend(settings: argparse.Namespace) -> None:
     """The child's side: load, warm up, then a round for each line read."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print to standard output
-    from contenders import CONTENDERS, Workload
-
     import torch
     import transformers
+    from contenders import CONTENDERS, Workload
 
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.set_verbosity_error()

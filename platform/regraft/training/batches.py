@@ -43,6 +43,15 @@ class Batch(NamedTuple):
         """The same batch on another device."""
         return Batch(*(tensor.to(device) for tensor in self))
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What a causal model is called with in training, without the mask.
+
+        The padding is on the right and not supervised: no token that counts ever attends to it. Without a
+        mask the attention kernels take their fast, causal path.
+        """
+        return {"input_ids": self.input_ids, "labels": self.labels}
+
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, shown: Sequence[Message] = ()

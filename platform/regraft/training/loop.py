@@ -17,6 +17,7 @@ from regraft.methods.base import trainable_parameters
 from regraft.records import LossPoint
 from regraft.training.batches import Batch, Encoded, bucket, collate
 from regraft.training.checkpoints import Checkpoints, Progress
+from regraft.training.kernels import fast_kernels
 from regraft.training.loss import supervised_positions_only
 
 if TYPE_CHECKING:
@@ -123,7 +124,11 @@ def train(
             points.append(point)
             report(point)
     precision = autocast(model, device)
-    with supervised_positions_only(base), checkpointing(base, settings.gradient_checkpointing):
+    with (
+        supervised_positions_only(base),
+        fast_kernels(base, device),
+        checkpointing(base, settings.gradient_checkpointing),
+    ):
         wrapped = workers.wrap(model)
         for step, (groups, token_sum) in enumerate(plan[first - 1 :], start=first):
             wrapped.train()
@@ -183,7 +188,7 @@ def evaluation_loss(
     with torch.no_grad(), autocast(model, device):
         for group in bucket(examples, tokens_per_batch, rng=None):
             batch = collate(group, pad_id).to(device)
-            total += float(model(**batch._asdict()).loss)
+            total += float(model(**batch.inputs).loss)
             tokens += sum(e.supervised for e in group)
     return total / tokens
 
@@ -256,7 +261,7 @@ def _gradients(wrapped: Any, batches: Sequence[Batch], precision: Any, weight: f
         # Workers exchange gradients once a step: with the last micro-batch.
         with _no_exchange(wrapped, place < len(batches)):
             with precision:
-                loss = wrapped(**batch._asdict()).loss
+                loss = wrapped(**batch.inputs).loss
             (loss * weight).backward()
         total += float(loss.detach())
     return total

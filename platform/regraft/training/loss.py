@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from regraft.training.batches import IGNORED
+from regraft.training.kernels.cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +33,7 @@ def supervised_positions_only(base: nn.Module) -> Iterator[None]:
     """
     import torch
     import torch.nn.functional as F  # noqa: N812
+    from torch import nn
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     original = base.forward
@@ -51,7 +53,10 @@ def supervised_positions_only(base: nn.Module) -> Iterator[None]:
             hidden = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]
             # Gathering makes the input contiguous too; a strided one is 500 times slower through a frozen
             # bf16 head on CPU.
-            logits = head(hidden[keep])
+            if type(head) is nn.Linear:
+                loss = linear_cross_entropy(hidden[keep], head.weight, head.bias, targets[keep])
+                return CausalLMOutputWithPast(loss=loss)
+            logits = head(hidden[keep])  # quantised, or adapted itself
         # In fp32: a bf16 loss is rounded to three digits.
         loss = F.cross_entropy(logits.float(), targets[keep], reduction="sum")
         return CausalLMOutputWithPast(loss=loss)
