@@ -1,10 +1,9 @@
-"""Time and error of the training kernels beside the libraries' own, forward and backward, in bf16 on one
-thread.
+"""Time and error of the training kernels beside the libraries' own, in bf16 on one thread.
 
 Errors are relative, of output and gradients together, against the same in fp64. Ratios are times: theirs over
-ours. The last line is one JSON object.
+ours, forward and backward. The last line is one JSON object.
 
-    python benchmarks/kernels.py
+    python benchmarks/training_kernels.py
 """
 
 from __future__ import annotations

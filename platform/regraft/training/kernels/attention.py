@@ -2,7 +2,7 @@
 
 torch's CPU kernel is slow there in the backward pass on the short rows of chats. Here scores and softmax are
 taken in fp32 over blocks of 64 queries and the keys they may see, and taken again in the backward pass, so
-that nothing of the size of the scores is kept: `benchmarks/training_kernels.py` compares time and error with torch's.
+that nothing of the size of the scores is kept. Time and error: `benchmarks/training_kernels.py`.
 """
 
 from __future__ import annotations
