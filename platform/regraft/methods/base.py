@@ -99,6 +99,11 @@ class Method(BaseModel):
 class TunerMethod(Method):
     """A method whose weights PEFT puts beside the base's own layers, and takes off again."""
 
+    #: How often its forward keeps the adapted layers' inputs and outputs for the backward pass, in units of the
+    #: base's type; fitted to what `benchmarks/preflight.py` measures.
+    kept_inputs: ClassVar[float] = 3.0
+    kept_outputs: ClassVar[float] = 0.0
+
     target_modules: str | tuple[str, ...] = Field(
         "all-linear", description="Names of the layers to adapt, or all-linear: all but the output."
     )

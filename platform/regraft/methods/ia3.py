@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ class IA3(TunerMethod):
 
     Its quality hangs on the rate (PEFT's method comparison on GSM8K: 31 % to 45 % by rate alone).
     """
+
+    kept_inputs: ClassVar[float] = 1.5
 
     name: Literal["ia3"] = "ia3"
     learning_rate: float = Field(5e-3, gt=0, le=1)

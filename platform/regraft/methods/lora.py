@@ -22,6 +22,7 @@ class LoRA(TunerMethod):
     """
 
     label_fields: ClassVar[tuple[str, ...]] = ("rank", "learning_rate")
+    kept_inputs: ClassVar[float] = 2.0
 
     name: Literal["lora"] = "lora"
     learning_rate: float = Field(5e-4, gt=0, le=1e-1)
@@ -65,6 +66,9 @@ class RsLoRA(LoRA):
 
 class DoRA(LoRA):
     """LoRA for the direction of each weight column; its magnitude is trained apart (arXiv:2402.09353)."""
+
+    kept_inputs: ClassVar[float] = 3.0
+    kept_outputs: ClassVar[float] = 5.0
 
     name: Literal["dora"] = "dora"  # type: ignore[assignment]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class _FromWeights(LoRA):
+class FromWeights(LoRA):
     """What both share. The base does not come back clean from them."""
 
     keeps_base: ClassVar[bool] = False
@@ -54,14 +54,14 @@ class _FromWeights(LoRA):
         return None if hasattr(model, "starting_pair") else super().release(model)
 
 
-class PiSSA(_FromWeights):
+class PiSSA(FromWeights):
     """Starts from the weights' largest singular directions (Meng et al., arXiv:2404.02948)."""
 
     start: ClassVar[str] = "pissa"
     name: Literal["pissa"] = "pissa"  # type: ignore[assignment]
 
 
-class OLoRA(_FromWeights):
+class OLoRA(FromWeights):
     """Starts from an orthonormal basis of the weights, by QR (Büyükakyüz, arXiv:2406.01775)."""
 
     start: ClassVar[str] = "olora"

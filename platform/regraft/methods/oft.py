@@ -17,6 +17,8 @@ class OFT(TunerMethod):
 
     label_fields: ClassVar[tuple[str, ...]] = ("block_size", "learning_rate")
 
+    kept_inputs: ClassVar[float] = 5.0
+
     name: Literal["oft"] = "oft"
     learning_rate: float = Field(5e-4, gt=0, le=1)
     block_size: int = Field(32, ge=2, le=512, description="Must divide the layers' input widths.")

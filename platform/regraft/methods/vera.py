@@ -17,6 +17,8 @@ class VeRA(TunerMethod):
 
     label_fields: ClassVar[tuple[str, ...]] = ("rank", "learning_rate")
 
+    kept_outputs: ClassVar[float] = 1.4
+
     name: Literal["vera"] = "vera"
     learning_rate: float = Field(5e-3, gt=0, le=1)
     rank: int = Field(256, ge=1, le=4096)
