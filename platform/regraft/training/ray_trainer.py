@@ -7,7 +7,7 @@ from typing import Any
 from regraft.errors import InfeasibleTrialError
 from regraft.records import DatasetVersion
 from regraft.training.candidate import BaseCache
-from regraft.training.loop import Workers
+from regraft.training.distributed import Workers, data_parallel
 from regraft.training.trial import TrialSpec, run_trial
 
 

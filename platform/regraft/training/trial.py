@@ -24,7 +24,8 @@ from regraft.tracking.trials import TrialRun
 from regraft.training.batches import encode
 from regraft.training.candidate import BaseCache, score, speed
 from regraft.training.checkpoints import Checkpoints, checkpoint_folder
-from regraft.training.loop import LoopSettings, Outcome, Workers, evaluation_loss, train
+from regraft.training.distributed import Workers
+from regraft.training.loop import LoopSettings, Outcome, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import peak_gib, require_memory, reset_peak
 
