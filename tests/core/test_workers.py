@@ -15,14 +15,14 @@ import torch
 from regraft.methods import parse_method
 from regraft.models import load_tokenizer
 from regraft.records import Example, Message
-from regraft.training.batches import encode
+from regraft.training.batches import Encoded, encode
 from regraft.training.checkpoints import Checkpoints
 from regraft.training.distributed import Workers, data_parallel
-from regraft.training.loop import LoopSettings, train
+from regraft.training.loop import LoopSettings, _plan, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {
-    "lora": {"name": "lora", "rank": 4, "dropout": 0.2},
+    "lora": {"name": "lora", "rank": 4, "dropout": 0.2, "learning_rate": 5e-3},
     "full": {"name": "full", "learning_rate": 1e-3},
     "pissa": {"name": "pissa", "rank": 4},
     "qlora": {"name": "qlora", "rank": 4},
@@ -60,6 +60,16 @@ CASES = [
 ]
 
 
+class Noting(Checkpoints):
+    """Remembers what it found."""
+
+    found = None
+
+    def restore(self, *args):
+        self.found = super().restore(*args)
+        return self.found
+
+
 def run(model_folder, out, name, key, workers, *, stop_at=None, of=None, **changes):
     """Train a method; the first worker leaves its curve and its files under `out`."""
     method = parse_method(METHODS[key])
@@ -78,7 +88,7 @@ def run(model_folder, out, name, key, workers, *, stop_at=None, of=None, **chang
     points, kept = [], out / f"{name}-{key}"
     checkpoints = None
     if stop_at or of:
-        checkpoints = Checkpoints(out / "checkpoints" / f"{of or name}-{key}", 0, workers)
+        checkpoints = Noting(out / "checkpoints" / f"{of or name}-{key}", 0, workers)
 
     def report(point):
         points.append(point)
@@ -87,11 +97,13 @@ def run(model_folder, out, name, key, workers, *, stop_at=None, of=None, **chang
 
     try:
         train(
-            model, base, rows, rows, SETTINGS._replace(learning_rate=method.learning_rate * 10, **changes),
+            model, base, rows, rows, SETTINGS._replace(learning_rate=method.learning_rate, **changes),
             pad_id=0, device="cpu", report=report, workers=workers, checkpoints=checkpoints,
         )  # fmt: skip
     except KeyboardInterrupt:
         return
+    if of:
+        assert checkpoints.found.step > SETTINGS.epochs
     if workers.rank == 0:
         kept.mkdir(parents=True)
         method.save(model, kept)
@@ -174,11 +186,65 @@ def distance(a, b):
     return losses, weights
 
 
-def test_show(trained, alone):
-    for name, key, _, _ in CASES:
-        if (trained / f"{name}-{key}").exists():
-            print(name, key, distance(trained / f"{name}-{key}", alone / f"one-{key}"))
-    for key in ("lora", "full"):
-        print("left", key, distance(trained / f"left-{key}", alone / f"one-{key}"))
-        print(read(alone / f"one-{key}")[0])
-    assert 0
+@pytest.mark.parametrize("key", ["lora", "full"])
+def test_two_replicas_train_what_one_worker_trains_in_twice_the_micro_batches(trained, alone, key):
+    losses, weights = distance(trained / f"replicas-{key}", alone / f"one-{key}")
+    assert losses < 1e-5
+    assert weights < 1e-4
+
+
+@pytest.mark.parametrize("key", ["lora", "pissa", "qlora", "p_tuning", "dora"])
+def test_adapters_on_a_sharded_base_are_those_on_a_whole_one(trained, alone, key):
+    losses, weights = distance(trained / f"shards-{key}", alone / f"one-{key}")
+    assert losses < 1e-5
+    assert weights < 1e-4
+
+
+def test_sharded_weights_are_saved_whole_and_differ_by_the_rounding_of_norms_alone(trained, alone):
+    losses, weights = distance(trained / "shards-full", alone / "one-full")
+    assert losses < 5e-3  # measured: 1.4e-3; layers travel in bf16, norms among them
+    assert weights < 2e-2
+    files = [
+        sorted(f.name for f in folder.iterdir()) for folder in (trained / "shards-full", alone / "one-full")
+    ]
+    assert files[0] == files[1]
+    assert (trained / "shards-full" / "config.json").read_text() == (
+        alone / "one-full" / "config.json"
+    ).read_text()
+
+
+@pytest.mark.parametrize("key", ["lora", "full"])
+def test_activations_are_computed_again_in_a_sharded_model(trained, key):
+    assert max(distance(trained / f"recomputed-{key}", trained / f"shards-{key}")) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "whole"),
+    [
+        ("resumed", "lora", "replicas"),
+        ("resumed-shards", "lora", "shards"),
+        ("resumed-shards", "full", "shards"),
+        ("left", "lora", "replicas"),
+        ("left", "full", "shards"),
+    ],
+)
+def test_a_run_cut_short_goes_on_with_two_workers_or_with_the_one_that_is_left(
+    trained, alone, name, key, whole
+):
+    losses, weights = distance(trained / f"{name}-{key}", trained / f"{whole}-{key}")
+    # One worker alone has nothing to shard, so its layers do not travel in bf16.
+    assert losses < (5e-3 if (name, key) == ("left", "full") else 1e-5)
+    assert weights < (2e-2 if (name, key) == ("left", "full") else 1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_steps_are_the_same_whoever_is_there_to_do_them(size):
+    rows = [Encoded((1,) * n, (1,) * n) for n in range(3, 12)]
+    settings = LoopSettings(1e-3, epochs=2, tokens_per_batch=12, accumulate=2)
+    asked = _plan(rows, settings, Workers(0, 1, requested=4))
+    there = [_plan(rows, settings, Workers(rank, size, requested=4)) for rank in range(size)]
+    for step, parts in zip(asked, zip(*there, strict=True), strict=True):
+        assert {(p.supervised, p.tokens) for p in parts} == {(step.supervised, step.tokens)}
+        assert len({len(p.groups) for p in parts}) == 1  # all run forward equally often
+        done = [g for p in parts for g in p.groups if any(e.supervised for e in g)]
+        assert sorted(done) == sorted(step.groups)

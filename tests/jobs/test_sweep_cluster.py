@@ -1,5 +1,6 @@
 """The sweep on a cluster of two nodes, with a real MLflow server."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,91 @@ def test_a_trial_of_two_workers_trains_as_one(
     assert result.eval_loss is not None
     assert result.report is not None
     assert len(result.report.examples) == 12
+
+
+LOSING = [{"workers_per_trial": 2}, {"workers_per_trial": 2, "min_workers": 1}]
+
+
+@pytest.mark.parametrize("workers", LOSING, ids=["process", "node"])  # the node last: it does not come back
+def test_a_trial_that_loses_a_worker_goes_on_to_the_end_it_would_have_had(
+    two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path, workers: dict[str, int]
+):
+    import ray
+
+    from regraft.models import resolve
+    from regraft.tracking.runs import Tracker
+    from regraft.training.ray_trainer import make_trainer
+    from regraft.tuning.plan import plan_sweep
+
+    experiment = Experiment.load(tiny_experiment)
+    lora = {"name": "lora", "rank": 2, "learning_rate": 0.01, "dropout": 0.1}
+    changes = {"methods": (lora,), "checkpoint_seconds": 0, "evaluations": 3, "epochs": 2, **workers}
+    sweep = experiment.sweep.model_copy(update=changes)
+    dataset = load_dataset(experiment.name, experiment.data)
+    dataset_ref = [ray.put(dataset)]
+    head = ray.get_runtime_context().get_node_id()
+
+    def fragile(config):
+        """Ends itself in the fourth step, once, and its node with it where another is to do its work."""
+        import json
+        import os
+        import signal
+        from pathlib import Path
+
+        import torch
+
+        from regraft.training.checkpoints import Checkpoints
+        from regraft.training.ray_trainer import train_worker
+
+        lost, log = Path(config["storage"]) / "lost", Path(config["storage"]) / "groups.jsonl"
+        own, step, counted = ray.get_runtime_context().get_node_id(), torch.optim.AdamW.step, []
+        restore = Checkpoints.restore
+
+        def note(self, *args):
+            found = restore(self, *args)
+            line = {
+                "size": self._workers.size,
+                "rank": self._workers.rank,
+                "after": found.step if found else 0,
+                "threads": [torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]],
+            }
+            with log.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+            return found
+
+        def fail(self, *args, **kwargs):
+            counted.append(1)
+            if len(counted) == 4 and own != head and not lost.exists():
+                lost.touch()
+                if config["spec"]["sweep"]["min_workers"]:
+                    os.kill(os.getppid(), signal.SIGKILL)  # the node's raylet
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Checkpoints, "restore", note)
+            if config["lose"]:
+                patch.setattr(torch.optim.AdamW, "step", fail)
+            train_worker(config)
+
+    curves = {}
+    for lose in (False, True):
+        name = f"lost-{'-'.join(workers)}-{lose}"
+        storage = tmp_path / name
+        storage.mkdir()
+        named = experiment.model_copy(update={"sweep": sweep, "name": name})
+        (spec,) = plan_sweep(named, dataset, resolve(named.model.source), mlflow_url).specs
+        tracker = Tracker(mlflow_url, name)
+        run_id = tracker.start_sweep(spec.sweep_id, params={}, dataset=dataset)
+        spec = spec.model_copy(update={"sweep_run_id": run_id, "storage": str(storage)})
+        trainer = make_trainer(spec, dataset_ref, name=name, storage=str(storage), work=fragile)
+        trainer.train_loop_config |= {"storage": str(storage), "lose": lose}
+        trainer.fit()
+        result = tracker.find_trial(spec.key)
+        assert result is not None
+        assert result.status == "completed", result.reason
+        curves[lose] = tracker.curve(result.run_id) if hasattr(tracker, "curve") else result.eval_loss
+        groups = [json.loads(line) for line in (storage / "groups.jsonl").read_text().splitlines()]
+        print(groups)
+    assert curves[True] == curves[False]
+    assert 0

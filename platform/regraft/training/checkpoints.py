@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from regraft.errors import ServiceError
 from regraft.records import LossPoint
 from regraft.training.distributed import Workers
 from regraft.training.sharding import load_parts, save_part
@@ -102,14 +103,30 @@ class Checkpoints:
     ) -> Progress | None:
         """Put model and optimiser where the last checkpoint left them; None if there is none that fits.
 
-        The number of workers may be another than when it was written.
+        The number of workers may be another than when it was written. All must call this.
 
         Args:
             model: As it was when training began.
             optimiser: Over the same parameters in the same order.
             total: Steps of the whole run; a checkpoint of another plan is not used.
             device: Where the model is.
+
+        Raises:
+            ServiceError: If the workers do not find the same.
         """
+        found = self._restore(model, optimiser, total, device)
+        step = found.step if found else 0
+        # Nobody goes on, and replaces what another still reads, before all have read.
+        if self._workers.total(step) != step * self._workers.size:
+            raise ServiceError(
+                f"the workers find different checkpoints in {self.folder.parent}",
+                "give cluster.storage a folder that all nodes share",
+            )
+        return found
+
+    def _restore(
+        self, model: nn.Module, optimiser: torch.optim.Optimizer, total: int, device: str
+    ) -> Progress | None:
         import torch
         from safetensors.torch import load_file
 

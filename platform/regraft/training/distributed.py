@@ -67,16 +67,18 @@ class Workers(NamedTuple):
         return float(summed)
 
     def average_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Average the gradients of weights that each worker has a copy of, outside DDP."""
+        """Average the gradients of weights that all have a copy of beside their shards; DDP does its own."""
         import torch
         import torch.distributed as dist
 
         mine = [p.grad for p in parameters if p.grad is not None]
-        if not mine:
+        if not mine or self.shards == 1:
             return
         flat = torch.cat([g.reshape(-1) for g in mine])
         dist.all_reduce(flat)
-        for gradient, part in zip(mine, flat.div_(self.size).split([g.numel() for g in mine]), strict=True):
+        for gradient, part in zip(
+            mine, torch.split(flat.div_(self.size), [g.numel() for g in mine]), strict=True
+        ):
             gradient.copy_(part.view_as(gradient))
 
     def first_problem(self, problem: str | None) -> str | None:

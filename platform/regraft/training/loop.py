@@ -101,8 +101,7 @@ def train(
     """
     import torch
 
-    if workers.shard:  # before anything holds on to a parameter
-        shard(model, base, device, workers)
+    shard(model, base, device, workers)  # before anything holds on to a parameter
     parameters = trainable_parameters(model)
     plan = _plan(train_set, settings, workers)
     total = len(plan)
@@ -111,7 +110,6 @@ def train(
     points: list[LossPoint] = []
     seen, since_loss, since_tokens, started, paused = 0, 0.0, 0, time.monotonic(), 0.0
     done = checkpoints.restore(model, optimiser, total, device) if checkpoints else None
-    workers.barrier()  # nobody replaces what another still reads
     first = 1
     if done is not None:
         first = done.step + 1
@@ -138,8 +136,7 @@ def train(
             loss_here = _gradients(
                 wrapped, batches, precision, workers.size / token_sum, range(first_seed, 2**63, workers.size)
             )
-            if workers.shard:
-                workers.average_gradients([p for p in parameters if not is_sharded(p)])
+            workers.average_gradients([p for p in parameters if not is_sharded(p)])
             loss_sum = workers.total(loss_here)
             if not math.isfinite(loss_sum):
                 raise InfeasibleTrialError(f"diverged: the loss is {loss_sum} at step {step} of {total}")
@@ -173,8 +170,7 @@ def train(
                 seconds = time.monotonic() - started - paused
                 progress = Progress(step, total, seen, since_loss, since_tokens, seconds, tuple(points))
                 checkpoints.save(model, optimiser, progress)
-    if workers.shard:
-        gather(model, keep=workers.rank == 0)
+    gather(model, keep=workers.rank == 0)
     return Outcome(tuple(points), seen, time.monotonic() - started - paused)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def shard(model: nn.Module, base: nn.Module, device: str, workers: Workers) -> None:
-    """Split a model over the workers, in place; it computes what it computed before.
+    """Split a model over the workers, in place, if they are to shard it; it computes what it did before.
 
     Layers travel in bf16 where they are trained, as autocast would multiply them in bf16 anyway; embeddings,
     head and the stream between the layers stay fp32, as in an unsharded run.
@@ -33,8 +33,9 @@ def shard(model: nn.Module, base: nn.Module, device: str, workers: Workers) -> N
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     where = torch.device(device)
-    if workers.size == 1:
-        model.to(where)
+    if workers.shards == 1:
+        if workers.shard:  # the last one left; the model may still be on the CPU
+            model.to(where)
         return
     _plain_weights(base)
     in_full = any(p.requires_grad for p in base.parameters()) and model is base
@@ -63,7 +64,7 @@ def gather(model: nn.Module, *, keep: bool) -> None:
     What is frozen stays in parts: it is on disk already. The model can be saved afterwards, and no more.
 
     Args:
-        model: A model that `shard` split.
+        model: A model that went through `shard`.
         keep: Whether this worker wants the weights.
     """
     from torch import nn
@@ -149,10 +150,12 @@ def load_parts(
     def rank(file: Path) -> int:
         return int(file.name.split("-")[1])
 
-    files = [safe_open(f, framework="pt") for f in sorted(folder.glob("part-*.safetensors"), key=rank)]
+    files: list[Any] = [
+        safe_open(f, framework="pt") for f in sorted(folder.glob("part-*.safetensors"), key=rank)
+    ]
     if not files:
         return False
-    held = [set(f.keys()) for f in files]  # type: ignore[no-untyped-call]
+    held = [set(f.keys()) for f in files]
     saved = held[0]
     if {k.removeprefix("weight/") for k in saved if k.startswith("weight/")} != parameters.keys():
         return False
