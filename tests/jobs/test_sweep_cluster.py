@@ -122,14 +122,14 @@ def test_a_trial_that_cannot_fit_is_infeasible_with_its_reason_and_the_sweep_goe
     assert "needs at least" in row.reason
 
 
-def test_a_trial_of_two_workers_trains_as_one(
+def test_a_trial_sharded_over_two_workers_is_scored_and_kept_as_any_other(
     two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path
 ):
     from regraft.tuning.sweep import run_sweep
 
     experiment = Experiment.load(tiny_experiment)
     sweep = experiment.sweep.model_copy(
-        update={"methods": ({"name": "lora", "rank": 2, "learning_rate": 0.01},), "workers_per_trial": 2}
+        update={"methods": ({"name": "full", "learning_rate": 1e-3},), "workers_per_trial": 2, "shard": True}
     )
     experiment = experiment.model_copy(update={"sweep": sweep, "name": "two-workers"})
     dataset = load_dataset(experiment.name, experiment.data)
@@ -139,6 +139,7 @@ def test_a_trial_of_two_workers_trains_as_one(
     assert result.status == "completed", result.reason
     assert result.logged_model_id
     assert result.eval_loss is not None
+    assert result.cost.adapter_bytes > 0
     assert result.report is not None
     assert len(result.report.examples) == 12
 

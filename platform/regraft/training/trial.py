@@ -278,7 +278,6 @@ class _Attempt:
             method.save(model, kept)
             clean = None if self.workers.shard else method.release(model)
             if clean is None:
-                del model  # before another is loaded
                 model = method.load(path, kept, dtype, self.device)
             elif method.trains:
                 model = method.attach(clean, kept)
