@@ -1,8 +1,8 @@
 """Where training stands, on disk: enough to go on after a crash as if there had been none.
 
 The batches follow from the seed, and random numbers from the seed and a micro-batch's place, so trained
-weights, optimiser state and counters are all there is to keep. One folder, replaced whole: the last checkpoint
-alone.
+weights, optimiser state and counters are all there is to keep. One folder, replaced whole: the last
+checkpoint alone.
 """
 
 from __future__ import annotations
