@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from regraft.errors import ConfigError
 from regraft.evals import AnyMetric, default_metrics
@@ -116,11 +124,37 @@ class SweepSection(Section):
     cpus_per_trial: float = Field(1, gt=0)
     gpus_per_trial: float = Field(0, ge=0)
     workers_per_trial: int = Field(1, ge=1, description="More than one runs the trial as Ray Train.")
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="A trial goes on with so few workers where a node is lost; with all if not given.",
+    )
+    worker_failures: int = Field(
+        1, ge=0, description="How often a Ray Train trial may lose a worker and go on from its checkpoint."
+    )
+    shard: bool = Field(
+        False, description="Split the weights over a trial's workers (FSDP2) instead of copying them (DDP)."
+    )
     ray_train: tuple[str, ...] = Field((), description="Methods that run as Ray Train even with one worker.")
     max_concurrent: int | None = Field(None, ge=1)
     trial_memory_gib: float | None = Field(
         None, gt=0, description="A trial that would need more is infeasible."
     )
+
+    @field_validator("min_workers")
+    @classmethod
+    def _no_more_than_all(cls, value: int | None, info: ValidationInfo) -> int | None:
+        workers = info.data.get("workers_per_trial")
+        if value is not None and workers is not None and value > workers:
+            raise ValueError(f"is {value}, more than sweep.workers_per_trial = {workers}")
+        return value
+
+    @field_validator("shard")
+    @classmethod
+    def _needs_workers(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("workers_per_trial") == 1:
+            raise ValueError("needs sweep.workers_per_trial of 2 or more")
+        return value
 
     def expanded(self) -> tuple[Method, ...]:
         """All methods to try, concrete, without repeats."""

@@ -253,3 +253,16 @@ def test_range_beyond_what_the_field_allows_is_a_config_error(write: Write) -> N
 def test_mistake_beside_a_list_of_names_is_a_config_error(write: Write) -> None:
     with pytest.raises(ConfigError, match="full has no field 'rank'"):
         load_lora(write, "{name: [lora, full], rank: 8}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("shard: true", "sweep.shard: needs sweep.workers_per_trial of 2 or more"),
+        ("min_workers: 2", "sweep.min_workers: is 2, more than sweep.workers_per_trial = 1"),
+    ],
+)
+def test_settings_of_several_workers_want_several(write: Write, settings: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace(".", r"\.")):
+        Experiment.load(write("  epochs: 1", f"  epochs: 1\n  {settings}"))
+    Experiment.load(write("  epochs: 1", f"  epochs: 1\n  workers_per_trial: 2\n  {settings}"))

@@ -1,8 +1,12 @@
 """The sweep on a cluster of two nodes, with a real MLflow server."""
 
+import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from regraft.cluster.local import set_environment
 from regraft.config import Experiment
@@ -25,8 +29,15 @@ def two_nodes():
     from ray.cluster_utils import Cluster
 
     # Without the dashboard an early stop leaks the placement group of a Ray Train trial.
+    quick = {
+        "health_check_period_ms": 1000,
+        "health_check_timeout_ms": 3000,
+        "health_check_failure_threshold": 4,
+    }
     cluster = Cluster(
-        initialize_head=True, connect=False, head_node_args={"num_cpus": 1, "include_dashboard": True}
+        initialize_head=True,
+        connect=False,
+        head_node_args={"num_cpus": 1, "include_dashboard": True, "_system_config": quick},
     )
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -111,14 +122,14 @@ def test_a_trial_that_cannot_fit_is_infeasible_with_its_reason_and_the_sweep_goe
     assert "needs at least" in row.reason
 
 
-def test_a_trial_of_two_workers_trains_as_one(
+def test_a_trial_sharded_over_two_workers_is_scored_and_kept_as_any_other(
     two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path
 ):
     from regraft.tuning.sweep import run_sweep
 
     experiment = Experiment.load(tiny_experiment)
     sweep = experiment.sweep.model_copy(
-        update={"methods": ({"name": "lora", "rank": 2, "learning_rate": 0.01},), "workers_per_trial": 2}
+        update={"methods": ({"name": "full", "learning_rate": 1e-3},), "workers_per_trial": 2, "shard": True}
     )
     experiment = experiment.model_copy(update={"sweep": sweep, "name": "two-workers"})
     dataset = load_dataset(experiment.name, experiment.data)
@@ -128,5 +139,101 @@ def test_a_trial_of_two_workers_trains_as_one(
     assert result.status == "completed", result.reason
     assert result.logged_model_id
     assert result.eval_loss is not None
+    assert result.cost.adapter_bytes > 0
     assert result.report is not None
     assert len(result.report.examples) == 12
+
+
+def fragile(config):
+    """A worker that ends itself in the fourth step; at the next try in the eighth, and its node with it."""
+    import os
+    import signal
+
+    import ray
+    import torch
+
+    from regraft.training import loop
+    from regraft.training.checkpoints import Checkpoints
+    from regraft.training.ray_trainer import train_worker
+
+    diary, own = Path(config["diary"]), ray.get_runtime_context().get_node_id()
+    restore, rate = Checkpoints.restore, loop.share_of_rate
+
+    def note(self, *args):
+        found = restore(self, *args)
+        workers = self._workers
+        entry = [
+            workers.size,
+            found.step if found else 0,
+            torch.get_num_threads(),
+            os.environ["OMP_NUM_THREADS"],
+        ]
+        (diary / f"{time.monotonic_ns()}-{workers.rank}").write_text(json.dumps(entry))
+        return found
+
+    def fail(schedule, total, warmup, step):
+        done = [f for f in ("process", "node") if (diary / f).exists()]
+        if own != config["head"] and len(done) < 2 and step == (3, 7)[len(done)]:
+            (diary / ("process", "node")[len(done)]).touch()
+            if done:
+                os.kill(os.getppid(), signal.SIGKILL)  # the node's raylet
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rate(schedule, total, warmup, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "restore", note)
+        patch.setattr(loop, "share_of_rate", fail)
+        train_worker(config)
+
+
+def test_a_trial_that_loses_a_worker_and_then_a_node_comes_to_the_end_it_would_have_had(
+    two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Last here: the node does not come back. Ray notices that a while after its processes are gone, and waits
+    # this long for a group that no longer has room.
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    import ray
+
+    from regraft.models import resolve
+    from regraft.tracking.runs import Tracker
+    from regraft.training.candidate import BaseCache
+    from regraft.training.distributed import Workers
+    from regraft.training.ray_trainer import make_trainer
+    from regraft.training.trial import run_trial
+    from regraft.tuning.plan import plan_sweep
+
+    experiment = Experiment.load(tiny_experiment)
+    changes = {
+        "methods": ({"name": "lora", "rank": 2, "learning_rate": 0.01, "dropout": 0.1},),
+        "workers_per_trial": 2, "min_workers": 1, "worker_failures": 2,
+        "checkpoint_seconds": 0, "epochs": 6, "tokens_per_batch": 128, "evaluations": 3,
+    }  # fmt: skip
+    dataset = load_dataset(experiment.name, experiment.data)
+    sweep = experiment.sweep.model_copy(update=changes)
+    results = []
+    for name in ("whole", "lossy"):
+        named = experiment.model_copy(update={"sweep": sweep, "name": name})
+        (spec,) = plan_sweep(named, dataset, resolve(named.model.source), mlflow_url).specs
+        tracker = Tracker(mlflow_url, name)
+        run_id = tracker.start_sweep(spec.sweep_id, params={}, dataset=dataset)
+        spec = spec.model_copy(update={"sweep_run_id": run_id, "storage": str(tmp_path / name)})
+        if name == "whole":
+            one = Workers(requested=2)
+            run_trial(spec, dataset, report=lambda _: None, bases=BaseCache(), workers=one)
+        else:
+            ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+            trainer = make_trainer(spec, [ray.put(dataset)], name=name, storage=spec.storage, work=fragile)
+            trainer.train_loop_config |= {
+                "diary": str(tmp_path), "head": ray.get_runtime_context().get_node_id()
+            }  # fmt: skip
+            trainer.fit()
+        result = tracker.find_trial(spec.key)
+        assert result is not None
+        assert result.status == "completed", result.reason
+        curve = MlflowClient(mlflow_url).get_metric_history(result.run_id, "eval/loss")
+        results.append({m.step: m.value for m in curve})
+    entries = [json.loads(f.read_text()) for f in sorted(tmp_path.glob("[0-9]*-*"))]
+    assert entries == [[2, 0, 1, "1"]] * 2 + [[2, 3, 1, "1"]] * 2 + [[1, 7, 1, "1"]]
+    whole, lossy = results
+    assert len(whole) == 3
+    assert lossy == pytest.approx(whole, rel=1e-5)

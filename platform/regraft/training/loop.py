@@ -17,8 +17,10 @@ from regraft.methods.base import trainable_parameters
 from regraft.records import LossPoint
 from regraft.training.batches import Batch, Encoded, bucket, collate
 from regraft.training.checkpoints import Checkpoints, Progress
+from regraft.training.distributed import Workers
 from regraft.training.kernels import fast_kernels
 from regraft.training.loss import supervised_positions_only
+from regraft.training.sharding import gather, is_sharded, shard
 
 if TYPE_CHECKING:
     import torch
@@ -44,18 +46,11 @@ class LoopSettings(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One optimiser step of this worker: its micro-batches, and the supervised tokens of all workers."""
+    """One optimiser step: this worker's micro-batches, and the tokens of all workers."""
 
     groups: tuple[list[Encoded], ...]
     supervised: int
-
-
-class Workers(NamedTuple):
-    """This process's place among those that train together."""
-
-    rank: int = 0
-    size: int = 1
-    wrap: Callable[[Any], Any] = lambda model: model
+    tokens: int
 
 
 class Outcome(NamedTuple):
@@ -107,6 +102,7 @@ def train(
     """
     import torch
 
+    shard(model, base, device, workers)  # before anything holds on to a parameter
     parameters = trainable_parameters(model)
     plan = _plan(train_set, settings, workers)
     total = len(plan)
@@ -129,26 +125,30 @@ def train(
         fast_kernels(base, device),
         checkpointing(base, settings.gradient_checkpointing),
     ):
-        wrapped = workers.wrap(model)
-        for step, (groups, token_sum) in enumerate(plan[first - 1 :], start=first):
+        wrapped = model if workers.shard else workers.wrap(model)
+        for step, (groups, token_sum, tokens) in enumerate(plan[first - 1 :], start=first):
             wrapped.train()
-            # Random numbers follow from the step and the worker, whether it was reached in one go or in two.
-            torch.manual_seed((settings.seed * 2**40 + step * 2**16 + workers.rank) % 2**63)
             rate = settings.learning_rate * share_of_rate(
                 settings.schedule, total, settings.warmup_fraction, step - 1
             )
             for parameter_group in optimiser.param_groups:
                 parameter_group["lr"] = rate
-            # DDP averages gradients over workers; the division is by the tokens of all of them.
+            # Random numbers follow from the step and the micro-batch's place in it: neither from when it was
+            # reached, nor from who works on it.
+            first_seed = settings.seed * 2**40 + step * 2**16 + workers.rank
+            # Gradients are averaged over workers; the division is by the tokens of all of them.
             batches = [collate(group, pad_id).to(device) for group in groups]
-            loss_here = _gradients(wrapped, batches, precision, workers.size / token_sum)
-            loss_sum = _sum_over_workers(loss_here, workers)
+            loss_here = _gradients(
+                wrapped, batches, precision, workers.size / token_sum, range(first_seed, 2**63, workers.size)
+            )
+            workers.average_gradients([p for p in parameters if not is_sharded(p)])
+            loss_sum = workers.total(loss_here)
             if not math.isfinite(loss_sum):
                 raise InfeasibleTrialError(f"diverged: the loss is {loss_sum} at step {step} of {total}")
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            seen += sum(len(e.ids) for group in groups for e in group) * workers.size
+            seen += tokens
             since_loss, since_tokens = since_loss + loss_sum, since_tokens + token_sum
             if step in marks:
                 pause = time.monotonic()
@@ -158,6 +158,7 @@ def train(
                     tokens_per_batch=settings.tokens_per_batch,
                     pad_id=pad_id,
                     device=device,
+                    workers=workers,
                 )
                 point = LossPoint(
                     step=step,
@@ -170,27 +171,36 @@ def train(
                 points.append(point)
                 report(point)
                 paused += time.monotonic() - pause
-            if checkpoints and workers.rank == 0 and step < total and checkpoints.due:
+            if checkpoints and step < total and checkpoints.due:
                 seconds = time.monotonic() - started - paused
                 progress = Progress(step, total, seen, since_loss, since_tokens, seconds, tuple(points))
                 checkpoints.save(model, optimiser, progress)
+    gather(model, keep=workers.rank == 0)
     return Outcome(tuple(points), seen, time.monotonic() - started - paused)
 
 
 def evaluation_loss(
-    model: nn.Module, examples: Sequence[Encoded], *, tokens_per_batch: int, pad_id: int, device: str
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    *,
+    tokens_per_batch: int,
+    pad_id: int,
+    device: str,
+    workers: Workers = Workers(),  # noqa: B008
 ) -> float:
-    """Mean loss over the supervised tokens of `examples`, in nats; inside `supervised_positions_only`."""
+    """Mean loss over the supervised tokens of `examples`, in nats; inside `supervised_positions_only`.
+
+    Workers share the examples, and all get the loss over all of them.
+    """
     import torch
 
     model.eval()
-    total, tokens = 0.0, 0
+    total = 0.0
     with torch.no_grad(), autocast(model, device):
-        for group in bucket(examples, tokens_per_batch, rng=None):
+        for group in workers.share(bucket(examples, tokens_per_batch, rng=None)):
             batch = collate(group, pad_id).to(device)
             total += float(model(**batch.inputs).loss)
-            tokens += sum(e.supervised for e in group)
-    return total / tokens
+    return workers.total(total) / sum(e.supervised for e in examples)
 
 
 def autocast(model: nn.Module, device: str) -> Any:
@@ -254,10 +264,15 @@ def _optimiser(parameters: list[Any], settings: LoopSettings, device: str) -> to
     return torch.optim.AdamW(kept, lr=settings.learning_rate, fused=device.startswith("cuda") or None)
 
 
-def _gradients(wrapped: Any, batches: Sequence[Batch], precision: Any, weight: float) -> float:
+def _gradients(
+    wrapped: Any, batches: Sequence[Batch], precision: Any, weight: float, seeds: Sequence[int]
+) -> float:
     """Add up a step's gradients over its micro-batches, of the loss times `weight`; gives the summed loss."""
+    import torch
+
     total = 0.0
     for place, batch in enumerate(batches, start=1):
+        torch.manual_seed(seeds[place - 1] % 2**63)
         # Workers exchange gradients once a step: with the last micro-batch.
         with _no_exchange(wrapped, place < len(batches)):
             with precision:
@@ -272,29 +287,14 @@ def _no_exchange(wrapped: Any, wanted: bool) -> Any:
 
 
 def _plan(examples: Sequence[Encoded], settings: LoopSettings, workers: Workers) -> list[Step]:
-    """This worker's steps, in order; the same number on every worker."""
+    """This worker's steps, in order; the same number on every worker, whatever their number."""
     rng = random.Random(settings.seed)
     steps: list[Step] = []
     for _ in range(math.ceil(settings.epochs)):
         groups = bucket(examples, settings.tokens_per_batch, rng=rng)
-        # Every worker has the same number of micro-batches in a step; an epoch's last step may have fewer.
-        whole = len(groups) - len(groups) % workers.size
-        if not whole:
-            raise InfeasibleTrialError(f"{len(groups)} batches cannot be shared among {workers.size} workers")
-        for start in range(0, whole, settings.accumulate * workers.size):
-            of_all = groups[:whole][start : start + settings.accumulate * workers.size]
+        for start in range(0, len(groups), settings.accumulate * workers.wanted):
+            of_all = groups[start : start + settings.accumulate * workers.wanted]
             supervised = sum(e.supervised for group in of_all for e in group)
-            steps.append(Step(tuple(of_all[workers.rank :: workers.size]), supervised))
+            tokens = sum(len(e.ids) for group in of_all for e in group)
+            steps.append(Step(tuple(workers.share(of_all)), supervised, tokens))
     return steps[: max(1, math.ceil(len(steps) * settings.epochs / math.ceil(settings.epochs)))]
-
-
-def _sum_over_workers(loss: float, workers: Workers) -> float:
-    if workers.size == 1:
-        return loss
-    import torch
-    import torch.distributed as dist
-
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total: torch.Tensor = torch.tensor(loss, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return float(total)

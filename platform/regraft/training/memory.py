@@ -67,26 +67,26 @@ def parameter_count(model: Path) -> int:
     return total
 
 
-def least_gib(method: Method, model: Path, dtype: DTypeName) -> float:
-    """A lower bound of what a trial needs: weights, gradients and optimiser state, without activations.
+def least_gib(method: Method, model: Path, dtype: DTypeName, shards: int = 1) -> float:
+    """A lower bound of what a worker needs: weights, gradients and optimiser state, without activations.
 
     Full fine-tuning holds fp32 weights, gradients and two AdamW moments: 16 bytes a parameter. Everything
     else holds the frozen base: 2 or 4 bytes a parameter, about 1 in NF4 with its embeddings unquantised.
     """
     parameters = parameter_count(model)
     frozen = 1 if method.quantised else (2 if dtype == "bfloat16" else 4)
-    return parameters * (16 if method.kind == "full" else frozen) / GIB + _FLOOR_GIB
+    return parameters * (16 if method.kind == "full" else frozen) / shards / GIB + _FLOOR_GIB
 
 
 def require_memory(
-    method: Method, model: Path, dtype: DTypeName, device: str, limit_gib: float | None
+    method: Method, model: Path, dtype: DTypeName, device: str, limit_gib: float | None, shards: int = 1
 ) -> None:
     """Refuse a trial that cannot fit.
 
     Raises:
         InfeasibleTrialError: With what it needs and what there is.
     """
-    need = least_gib(method, model, dtype)
+    need = least_gib(method, model, dtype, shards)
     if limit_gib is not None and need > limit_gib:
         raise InfeasibleTrialError(
             f"memory: {method.label} needs at least {need:.1f} GiB, sweep.trial_memory_gib is {limit_gib:g}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from regraft.errors import InfeasibleTrialError
 from regraft.records import DatasetVersion
 from regraft.training.candidate import BaseCache
-from regraft.training.loop import Workers
+from regraft.training.distributed import Workers, data_parallel
 from regraft.training.trial import TrialSpec, run_trial
 
 
@@ -24,39 +26,66 @@ def run_with_ray_train(spec: TrialSpec, dataset_ref: Any, *, name: str, storage:
         InfeasibleTrialError: If the cluster cannot give the workers, or they ran out of memory.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
+
+    trainer = make_trainer(spec, dataset_ref, name=name, storage=storage, callbacks=[TuneReportCallback()])
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", None) or {}
+        signs = ("OutOfMemory", "OOM", "out of memory")
+        if any(sign in repr(f) for f in failures.values() for sign in signs):
+            raise InfeasibleTrialError(f"out of memory in a Ray Train worker: {error}") from error
+        raise
+
+
+def make_trainer(
+    spec: TrialSpec,
+    dataset_ref: Any,
+    *,
+    name: str,
+    storage: str,
+    callbacks: Sequence[Any] = (),
+    work: Callable[[dict[str, Any]], None] | None = None,
+) -> Any:
+    """The Ray Train run of a trial; `work` is what a worker does, `train_worker` if not given.
+
+    A lost worker ends its group. A new group, of as many workers as there is room for, goes on from the
+    trial's checkpoint.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
 
     sweep = spec.sweep
     resources = {"CPU": sweep.cpus_per_trial}
     if sweep.gpus_per_trial:
         resources["GPU"] = sweep.gpus_per_trial
-    trainer = TorchTrainer(
-        _worker,
+    fewest = sweep.min_workers or sweep.workers_per_trial
+    return TorchTrainer(
+        work or train_worker,
         train_loop_config={"spec": spec.model_dump(mode="json"), "dataset": dataset_ref},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=sweep.workers_per_trial,
+            # A pair makes it elastic.
+            num_workers=(fewest, sweep.workers_per_trial)
+            if fewest < sweep.workers_per_trial
+            else sweep.workers_per_trial,
             use_gpu=bool(sweep.gpus_per_trial),
             resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
-            callbacks=[TuneReportCallback()],
+            callbacks=list(callbacks),
             # The default waits for ever for resources that never come.
-            failure_config=ray.train.FailureConfig(max_failures=1, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(
+                max_failures=sweep.worker_failures, controller_failure_limit=3
+            ),
         ),
     )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", None) or {}
-        if any("OutOfMemory" in repr(f) or "OOM" in repr(f) for f in failures.values()):
-            raise InfeasibleTrialError(f"out of memory in a Ray Train worker: {error}") from error
-        raise
 
 
-def _worker(config: dict[str, Any]) -> None:
+def train_worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker does: its share of the trial."""
     import ray
     import ray.train
     import torch
@@ -66,19 +95,19 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     count = context.get_world_size()
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, int(spec.sweep.cpus_per_trial)))
+        threads = max(1, int(spec.sweep.cpus_per_trial))
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for what loads its own OpenMP later
     run_trial(
         spec,
         dataset,
         report=lambda metrics: ray.train.report(metrics),
         bases=BaseCache(keep=0),
         workers=Workers(
-            rank=context.get_world_rank(), size=count, wrap=_wrap if count > 1 else Workers().wrap
+            rank=context.get_world_rank(),
+            size=count,
+            wrap=data_parallel if count > 1 else Workers().wrap,
+            requested=spec.sweep.workers_per_trial,
+            shard=spec.sweep.shard,
         ),
     )
-
-
-def _wrap(model: Any) -> Any:
-    from ray.train.torch import prepare_model
-
-    return prepare_model(model, move_to_device=False)

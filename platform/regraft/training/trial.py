@@ -24,12 +24,13 @@ from regraft.tracking.trials import TrialRun
 from regraft.training.batches import encode
 from regraft.training.candidate import BaseCache, score, speed
 from regraft.training.checkpoints import Checkpoints, checkpoint_folder
-from regraft.training.loop import LoopSettings, Outcome, Workers, evaluation_loss, train
+from regraft.training.distributed import Workers
+from regraft.training.loop import LoopSettings, Outcome, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import peak_gib, require_memory, reset_peak
 
 #: Raised whenever a change to training or evaluation makes earlier trials incomparable.
-TRIAL_VERSION = 2
+TRIAL_VERSION = 3
 
 STOPPED_REASON = "stopped early: others did better at the same point"
 
@@ -71,6 +72,8 @@ class TrialSpec(Record):
             "weight_decay",
         }
         decisive |= {"workers_per_trial", "evaluations", "loss_examples"}
+        if self.sweep.shard:  # layers travel in bf16
+            decisive.add("shard")
         return content_hash(
             {
                 "version": TRIAL_VERSION,
@@ -161,6 +164,8 @@ def run_trial(
                 f"out of memory: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
             )
             attempt.record(attempt.result("infeasible", reason))
+            if workers.size > 1:  # the others wait for this one, and end when it fails
+                raise InfeasibleTrialError(reason) from error
             report({"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": reason})
             return
         attempt.record(attempt.result("failed", f"{type(error).__name__}: {error}"))
@@ -188,7 +193,7 @@ class _Attempt:
         self.cost = Cost()
         self.device = pick_device(spec.model.device)
         folder = checkpoint_folder(spec.storage, spec.key)
-        self.checkpoints = Checkpoints(folder, spec.sweep.checkpoint_seconds) if folder else None
+        self.checkpoints = Checkpoints(folder, spec.sweep.checkpoint_seconds, workers) if folder else None
 
     def go(self) -> TrialResult:
         """Train and score."""
@@ -201,7 +206,7 @@ class _Attempt:
             raise InfeasibleTrialError(
                 f"the base here is {base_model.revision}, that of the sweep {spec.base_revision}"
             )
-        require_memory(method, base_model.path, spec.model.dtype, self.device, spec.sweep.trial_memory_gib)
+        self._require_memory(base_model.path)
         tokenizer = load_tokenizer(base_model.path)
         examples = union_of_evaluations(self.dataset)
         # Evenly over the sets, which follow one another.
@@ -209,7 +214,9 @@ class _Attempt:
         shown = method.shown(self.dataset.split("train"))
         held_out = [encode(tokenizer, e, spec.sweep.max_length, shown) for e in examples[::stride]]
         examples = tuple(e.after(shown) for e in examples)
-        base = self.bases.take(method, base_model.path, spec.model.dtype, self.device)
+        # What is to be sharded may not fit on a device: it goes there layer by layer. Quantising needs one.
+        first = "cpu" if self.workers.shard and not method.quantised else self.device
+        base = self.bases.take(method, base_model.path, spec.model.dtype, first)
         # First weights are drawn here; what this process did before must not decide them.
         torch.manual_seed(spec.sweep.seed)
         model = method.apply(base)
@@ -245,6 +252,19 @@ class _Attempt:
             return self.result("completed")
         return self._score(method, model, base_model, tokenizer, examples)
 
+    def _require_memory(self, base: Path) -> None:
+        """Refuse what cannot fit, on all workers if it cannot on one: the others would wait for it."""
+        spec, problem = self.spec, None
+        try:
+            require_memory(
+                spec.parsed, base, spec.model.dtype, self.device, spec.sweep.trial_memory_gib,
+                self.workers.shards,
+            )  # fmt: skip
+        except InfeasibleTrialError as error:
+            problem = error.problem
+        if found := self.workers.first_problem(problem):
+            raise InfeasibleTrialError(found)
+
     def _score(
         self, method: Method, model: Any, base_model: ResolvedModel, tokenizer: Any, examples: Any
     ) -> TrialResult:
@@ -256,7 +276,7 @@ class _Attempt:
         with tempfile.TemporaryDirectory(prefix="regraft-trial-") as folder:
             kept = Path(folder)
             method.save(model, kept)
-            clean = method.release(model)
+            clean = None if self.workers.shard else method.release(model)
             if clean is None:
                 model = method.load(path, kept, dtype, self.device)
             elif method.trains:

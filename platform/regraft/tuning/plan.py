@@ -66,7 +66,9 @@ def describe(experiment: Experiment, base: Path) -> list[tuple[str, str, str]]:
     """For each trial: its label, where it runs, and what memory it needs at least."""
     rows = []
     for method in experiment.sweep.expanded():
-        need = least_gib(method, base, experiment.model.dtype)
+        sweep = experiment.sweep
+        shards = sweep.workers_per_trial if sweep.shard and by_ray_train(method, experiment) else 1
+        need = least_gib(method, base, experiment.model.dtype, shards)
         limit = experiment.sweep.trial_memory_gib
         where = (
             f"Ray Train, {experiment.sweep.workers_per_trial} worker(s)"

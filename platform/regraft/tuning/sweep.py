@@ -161,13 +161,14 @@ def _concurrency(experiment: Experiment) -> int:
     fits = have.get("CPU", 0) / (sweep.cpus_per_trial * widest)
     if sweep.gpus_per_trial:
         fits = min(fits, have.get("GPU", 0) / (sweep.gpus_per_trial * widest))
-    if fits < 1:
+    fewest = sweep.min_workers or widest
+    if fits * widest < fewest:
         raise ServiceError(
             f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; a trial takes "
-            f"{sweep.cpus_per_trial * widest:g} CPUs and {sweep.gpus_per_trial * widest:g} GPUs",
+            f"{sweep.cpus_per_trial * fewest:g} CPUs and {sweep.gpus_per_trial * fewest:g} GPUs",
             "lower sweep.cpus_per_trial, sweep.gpus_per_trial or sweep.workers_per_trial, or add nodes",
         )
-    bound: int = math.floor(fits)
+    bound: int = max(1, math.floor(fits))
     return min(bound, sweep.max_concurrent or bound)
 
 

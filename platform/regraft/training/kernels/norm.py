@@ -30,6 +30,8 @@ def fused_norms(base: Any) -> Iterator[None]:
         kind = type(module)
         if not kind.__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
             continue
+        if hasattr(module.weight, "full_tensor"):  # sharded over workers: values in parts
+            continue
         if kind not in plain:
             plain[kind] = _agrees(module, function)
         if plain[kind] and not module.weight.requires_grad and "forward" not in vars(module):
