@@ -20,8 +20,9 @@ from regraft.models import load_tokenizer, prompt_ids, resolve
 from regraft.records import Example, LossPoint, Message, TrialResult
 from regraft.training import loop as loops
 from regraft.training import trial as trials
-from regraft.training.batches import IGNORED, Encoded, bucket, collate, encode
+from regraft.training.batches import IGNORED, Encoded, bucket, collate
 from regraft.training.candidate import BaseCache, score
+from regraft.training.encoding import encode
 from regraft.training.loop import LoopSettings, Outcome, Workers, evaluation_loss, share_of_rate, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import least_gib, parameter_count, require_memory

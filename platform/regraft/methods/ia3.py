@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from regraft.methods.base import TunerMethod
+from regraft.methods.base import TunerMethod, require_layers
 
 if TYPE_CHECKING:
     from peft import IA3Config
+    from torch import nn
 
 
 class IA3(TunerMethod):
@@ -26,6 +27,11 @@ class IA3(TunerMethod):
     feedforward_modules: tuple[str, ...] = Field(
         ("down_proj",), description="Those of them whose inputs are scaled, not their outputs."
     )
+
+    def check_targets(self, base: nn.Module) -> None:
+        """Those of the inner layers have to be there too."""
+        super().check_targets(base)
+        require_layers(base, "feedforward_modules", self.feedforward_modules)
 
     def peft_config(self) -> IA3Config:
         """Which layers' outputs are scaled, and of which the inputs."""

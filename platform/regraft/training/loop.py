@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from regraft.errors import InfeasibleTrialError
 from regraft.methods.base import trainable_parameters
 from regraft.records import LossPoint
-from regraft.training.batches import Batch, Encoded, bucket, collate
+from regraft.training.batches import Batch, Encoded, bucket, collate, require_supervised
 from regraft.training.checkpoints import Checkpoints, Progress
-from regraft.training.loss import supervised_positions_only
+from regraft.training.divergence import DivergenceWatch
+from regraft.training.loss import own_forward, supervised_positions_only
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 Report = Callable[[LossPoint], None]
+Probe = Callable[[], dict[str, float]]
 
 
 class LoopSettings(NamedTuple):
@@ -82,6 +84,7 @@ def train(
     report: Report,
     workers: Workers = Workers(),  # noqa: B008
     checkpoints: Checkpoints | None = None,
+    probe: Probe | None = None,
 ) -> Outcome:
     """Train the parameters that require gradients.
 
@@ -100,13 +103,17 @@ def train(
         workers: This process's place among its peers.
         checkpoints: Where to go on from, and to keep the state; the first worker writes. What was reported
             before a crash is reported again.
+        probe: Scores the model at each evaluation, in evaluation mode; its time is not counted, and other
+            workers wait for it.
 
     Raises:
-        InfeasibleTrialError: If the loss is no longer a number.
+        InfeasibleTrialError: If the run diverges, or there is nothing to train or evaluate on.
     """
     import torch
 
     parameters = trainable_parameters(model)
+    require_supervised(train_set, "train")
+    require_supervised(evaluation_set, "evaluate")
     plan = _plan(train_set, settings, workers)
     total = len(plan)
     optimiser = _optimiser(parameters, settings, device)
@@ -122,6 +129,8 @@ def train(
         for point in done.points:
             points.append(point)
             report(point)
+    vocabulary = base.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
+    watch = DivergenceWatch(total, vocabulary, done.first_loss if done else None)
     precision = autocast(model, device)
     with supervised_positions_only(base), checkpointing(base, settings.gradient_checkpointing):
         wrapped = workers.wrap(model)
@@ -138,8 +147,7 @@ def train(
             batches = [collate(group, pad_id).to(device) for group in groups]
             loss_here = _gradients(wrapped, batches, precision, workers.size / token_sum)
             loss_sum = _sum_over_workers(loss_here, workers)
-            if not math.isfinite(loss_sum):
-                raise InfeasibleTrialError(f"diverged: the loss is {loss_sum} at step {step} of {total}")
+            watch.see(step, loss_sum / token_sum)
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -160,6 +168,7 @@ def train(
                     train_loss=since_loss / since_tokens,
                     eval_loss=held_out,
                     learning_rate=rate,
+                    scores=_scores(probe, base, model, device) if probe else {},
                 )
                 since_loss, since_tokens = 0.0, 0
                 points.append(point)
@@ -167,9 +176,17 @@ def train(
                 paused += time.monotonic() - pause
             if checkpoints and workers.rank == 0 and step < total and checkpoints.due:
                 seconds = time.monotonic() - started - paused
-                progress = Progress(step, total, seen, since_loss, since_tokens, seconds, tuple(points))
+                progress = Progress(
+                    step, total, seen, since_loss, since_tokens, seconds, tuple(points), watch.first
+                )
                 checkpoints.save(model, optimiser, progress)
     return Outcome(tuple(points), seen, time.monotonic() - started - paused)
+
+
+def _scores(probe: Probe, base: nn.Module, model: nn.Module, device: str) -> dict[str, float]:
+    model.eval()
+    with own_forward(base), autocast(model, device):
+        return probe()
 
 
 def evaluation_loss(
