@@ -5,6 +5,7 @@ It also says of a tokenizer whether it can be used at all.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,8 @@ from regraft.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 _MARKS = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 _PROBE = "A system turn that every template has to write out."
@@ -75,6 +78,8 @@ def writes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
         except (TemplateError, TypeError):  # TypeError: templates that take turns by their place
             text = ""
         _WRITES_SYSTEM[template] = _PROBE in str(text)
+        if not _WRITES_SYSTEM[template]:
+            _log.warning("the chat template has no system turn: its text goes before the first user turn's")
     return _WRITES_SYSTEM[template]
 
 

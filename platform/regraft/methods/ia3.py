@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from regraft.errors import InfeasibleTrialError
 from regraft.methods.base import TunerMethod, require_layers
 
 if TYPE_CHECKING:
@@ -29,9 +30,16 @@ class IA3(TunerMethod):
     )
 
     def check_targets(self, base: nn.Module) -> None:
-        """Those of the inner layers have to be there too."""
+        """The inner layers have to be there too, and among the targets."""
         super().check_targets(base)
-        require_layers(base, "feedforward_modules", self.feedforward_modules)
+        if self.feedforward_modules:
+            require_layers(base, "feedforward_modules", self.feedforward_modules)
+        stray = set(self.feedforward_modules) - set(self.targets)
+        if stray and not isinstance(self.targets, str):
+            raise InfeasibleTrialError(
+                f"feedforward_modules: {', '.join(sorted(stray))} is not among target_modules",
+                "name in feedforward_modules some of target_modules, or none",
+            )
 
     def peft_config(self) -> IA3Config:
         """Which layers' outputs are scaled, and of which the inputs."""
