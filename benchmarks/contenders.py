@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from regraft.data.chats import read_chats
 from regraft.methods import Method, parse_method
 from regraft.models import load_tokenizer, pick_device, resolve
-from regraft.training.batches import Encoded, bucket, collate, encode
+from regraft.training.batches import Encoded, bucket, collate
+from regraft.training.encoding import encode
 from regraft.training.loop import LoopSettings, share_of_rate, train
 from regraft.training.memory import peak_gib
 
@@ -175,7 +176,8 @@ def trl_default(work: Workload, folder: Path) -> Run:
 
 def planned(rows: Sequence[Encoded], work: Workload) -> list[list[Encoded]]:
     """The batches of Regraft's first epoch, in its order."""
-    from regraft.training.loop import Workers, _plan
+    from regraft.training.distributed import Workers
+    from regraft.training.loop import _plan
 
     settings = LoopSettings(work.method.learning_rate, 1.0, work.tokens_per_batch)
     return [step.groups[0] for step in _plan(rows, settings, Workers())]

@@ -1,8 +1,8 @@
 """Predicted beside measured: peak memory and time of training, a fresh process for each case.
 
-Every case trains three steps on chats of random tokens, on SmolLM2-135M and on two shapes made on the spot with
-random weights, so that no single model is fitted. The last line is one JSON object with the errors: predicted
-over measured, less one.
+Every case trains three steps on chats of random tokens, on SmolLM2-135M and on two shapes made on the spot
+with random weights, so that no single model is fitted. The last line is one JSON object with the errors:
+predicted over measured, less one.
 
     python benchmarks/preflight.py --quick
 """
@@ -96,8 +96,8 @@ def main() -> None:
             flops = flops_per_token(parsed, folders[name], batching)
             shares.append(flops * found["tokens_per_s"] / rate)
             sys.stdout.write(
-                f"| {name} | {parsed.label} | {tokens} | {'yes' if again else 'no'} | {memory.training_gib:.2f} "
-                f"| {found['peak_gib']:.2f} | {error:+.0%} | {memory.parts} |\n"
+                f"| {name} | {parsed.label} | {tokens} | {'yes' if again else 'no'} "
+                f"| {memory.training_gib:.2f} | {found['peak_gib']:.2f} | {error:+.0%} | {memory.parts} |\n"
             )
             sys.stdout.flush()
     typical = statistics.median(shares)

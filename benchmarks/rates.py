@@ -2,14 +2,14 @@
 
 Each method trains from the same base on the same chats for a fixed number of steps at several rates, evenly
 apart on a logarithmic scale, and is judged by its loss on held-out chats; the best of a method also answers
-them. A line of JSON is written for every trial, and a table at the end. Trials that have a line already are not
-run again.
+them. A line of JSON is written for every trial, and a table at the end. Trials that have a line already are
+not run again.
 
     python benchmarks/rates.py --data chats.jsonl --results rates.jsonl
     python benchmarks/rates.py --data chats.jsonl --results rates.jsonl --methods lora --rates 1e-3
 
-The chats are rows of `messages`, or of `instruction` and `response`; those of another `split` than `train` are
-held out.
+The chats are rows of `messages`, or of `instruction` and `response`; those of another `split` than `train`
+are held out.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
 
     from regraft.methods import parse_method
     from regraft.models import load_tokenizer, resolve
-    from regraft.training.batches import encode
+    from regraft.training.encoding import encode
 
     torch.set_num_threads(settings.threads)
     folder = resolve(settings.model).path

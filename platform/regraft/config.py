@@ -75,6 +75,7 @@ class DataSection(Section):
 
 
 ScheduleName = Literal["linear", "cosine", "constant"]
+TooLong = Literal["refuse", "drop", "truncate"]
 
 
 class AshaSection(Section):
@@ -93,7 +94,11 @@ class SweepSection(Section):
     methods: tuple[dict[str, Any], ...] = Field(min_length=1)
     epochs: float = Field(2.0, gt=0)
     tokens_per_batch: int = Field(1024, ge=16, description="Tokens of a micro-batch, padding included.")
-    max_length: int = Field(512, ge=16, description="Tokens of one example; longer ones are refused.")
+    max_length: int = Field(512, ge=16, description="Tokens of one example.")
+    too_long: TooLong = Field(
+        "refuse",
+        description="Of longer examples: stop, drop them, or cut their end; what is lost is counted.",
+    )
     accumulate: int = Field(
         1,
         ge=1,
@@ -114,6 +119,9 @@ class SweepSection(Section):
         None,
         ge=1,
         description="Evaluation loss over at most so many examples, evenly chosen; all if not given.",
+    )
+    answers_at_points: int = Field(
+        0, ge=0, description="Evaluation examples answered and scored at each point, beside the loss."
     )
     asha: AshaSection | None = AshaSection()
     checkpoint_seconds: float = Field(

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from regraft.errors import ModelError
 from regraft.records import Message, content_hash
+from regraft.templates import render, require_usable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -277,24 +278,26 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base model.
 
     Raises:
-        ModelError: If it has no chat template.
+        ModelError: If it has no chat template or no end-of-turn token, or does not fit the model.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    if tokenizer.chat_template is None:
-        raise ModelError(f"the tokenizer in {path} has no chat template", "use an instruction-tuned model")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    require_usable(tokenizer, str(path), embedding_rows(path))
     return tokenizer
+
+
+def embedding_rows(path: Path) -> int | None:
+    """How many token ids a model knows, by its configuration; None where that does not say."""
+    file = path / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return int(rows) if rows else None
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids of a chat up to where the assistant's next turn begins."""
-    ids: Any = tokenizer.apply_chat_template(
-        [m.model_dump() for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return list(ids)
+    return render(tokenizer, messages, ask=True)
 
 
 if __name__ == "__main__":

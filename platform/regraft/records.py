@@ -171,10 +171,15 @@ class LossPoint(Record):
     train_loss: float
     eval_loss: float | None = None
     learning_rate: float
+    #: Mean scores of a few answers at this point, where `sweep.answers_at_points` asks for them.
+    scores: dict[str, float] = {}
 
 
 class TrialResult(Record):
-    """One trial of a sweep: what it was, what came of it, where it is kept."""
+    """One trial of a sweep: what it was, what came of it, where it is kept.
+
+    `data` counts what became of the examples it trained on and took its loss over: kept, dropped, truncated.
+    """
 
     key: str
     sweep_id: str
@@ -189,6 +194,7 @@ class TrialResult(Record):
     logged_model_id: str | None = None
     eval_loss: float | None = None
     cost: Cost = Cost()
+    data: dict[str, int] = {}
     speed: Speed | None = None
     report: EvalReport | None = None
 

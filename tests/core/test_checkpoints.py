@@ -13,8 +13,8 @@ from regraft.methods import parse_method
 from regraft.methods.base import trainable_parameters
 from regraft.models import load_tokenizer
 from regraft.records import Example, Message
-from regraft.training.batches import encode
 from regraft.training.checkpoints import Checkpoints, checkpoint_folder
+from regraft.training.encoding import encode
 from regraft.training.loop import LoopSettings, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from regraft.methods import METHODS_BY_NAME, LoRA, parse_method
 from regraft.methods.base import trainable_parameters
 from regraft.records import Example, Message
-from regraft.training.batches import Batch, collate, encode
+from regraft.training.batches import Batch, collate
+from regraft.training.encoding import encode
 from regraft.training.kernels import fast_kernels
 from regraft.training.kernels.cross_entropy import linear_cross_entropy
 from regraft.training.kernels.norm import fused_norms

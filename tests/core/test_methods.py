@@ -15,7 +15,8 @@ from regraft.methods import METHOD_CLASSES, Method, QLoRA, parse_method
 from regraft.methods.base import trainable_parameters
 from regraft.models import prompt_ids
 from regraft.records import Example, Message
-from regraft.training.batches import Encoded, collate, encode
+from regraft.training.batches import Encoded, collate
+from regraft.training.encoding import encode
 from regraft.training.loop import LoopSettings, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
 

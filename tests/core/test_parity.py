@@ -13,8 +13,10 @@ from regraft.methods import parse_method
 from regraft.methods.base import trainable_parameters
 from regraft.records import Example, LossPoint, Message
 from regraft.training import loop as loops
-from regraft.training.batches import Encoded, collate, encode
-from regraft.training.loop import LoopSettings, Workers, share_of_rate, train
+from regraft.training.batches import Encoded, collate
+from regraft.training.distributed import Workers
+from regraft.training.encoding import encode
+from regraft.training.loop import LoopSettings, share_of_rate, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,8 +20,9 @@ from regraft.models import load_tokenizer, prompt_ids, resolve
 from regraft.records import Example, LossPoint, Message, TrialResult
 from regraft.training import loop as loops
 from regraft.training import trial as trials
-from regraft.training.batches import IGNORED, Encoded, bucket, collate, encode
+from regraft.training.batches import IGNORED, Encoded, bucket, collate
 from regraft.training.candidate import BaseCache, score
+from regraft.training.encoding import encode
 from regraft.training.loop import LoopSettings, Outcome, Workers, evaluation_loss, share_of_rate, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import least_gib, parameter_count, require_memory
@@ -255,7 +256,7 @@ def test_one_step_over_all_rows_is_the_same_however_they_are_ordered(
         _, model, _ = loop(tiny_model, ordered, tokens_per_batch=10_000, epochs=1)
         weights.append([p.detach().clone() for p in trainable_parameters(model)])
     for a, b in zip(*weights, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-5)
 
 
 # The loop
@@ -288,7 +289,7 @@ def test_micro_batches_of_a_step_weigh_as_their_tokens_and_give_the_step_of_one_
     assert len({row.supervised for row in rows}) > 1  # or means of means would pass too
     for other in weights[1:]:
         for a, b in zip(weights[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

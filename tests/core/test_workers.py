@@ -15,9 +15,10 @@ import torch
 from regraft.methods import parse_method
 from regraft.models import load_tokenizer
 from regraft.records import Example, Message
-from regraft.training.batches import Encoded, encode
+from regraft.training.batches import Encoded
 from regraft.training.checkpoints import Checkpoints
 from regraft.training.distributed import Workers, data_parallel
+from regraft.training.encoding import encode
 from regraft.training.loop import LoopSettings, _plan, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,12 +6,14 @@ checked without loading either.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from regraft.errors import InfeasibleTrialError
 from regraft.records import Example, Message
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ class Method(BaseModel):
 class TunerMethod(Method):
     """A method whose weights PEFT puts beside the base's own layers, and takes off again."""
 
-    #: How often its forward keeps the adapted layers' inputs and outputs for the backward pass, in units of the
+    #: How often its forward keeps the adapted layers' inputs and outputs for the backward pass, each in the
     #: base's type; fitted to what `benchmarks/preflight.py` measures.
     kept_inputs: ClassVar[float] = 3.0
     kept_outputs: ClassVar[float] = 0.0
@@ -117,10 +119,22 @@ class TunerMethod(Method):
         """PEFT's configuration of this method."""
         raise NotImplementedError
 
+    def check_targets(self, base: nn.Module) -> None:
+        """Refuse names of layers that the base does not have.
+
+        Args:
+            base: The base model; on the meta device will do.
+
+        Raises:
+            InfeasibleTrialError: With the field, the names, and those there are.
+        """
+        require_layers(base, "target_modules", self.targets)
+
     def apply(self, base: nn.Module) -> nn.Module:
         """Put the trained weights beside the base's layers, in fp32."""
         from peft import get_peft_model
 
+        self.check_targets(base)
         return trainable_to_fp32(get_peft_model(base, self.peft_config()))
 
     def release(self, model: nn.Module) -> nn.Module | None:
@@ -129,6 +143,61 @@ class TunerMethod(Method):
         if hasattr(base, "peft_config"):
             del base.peft_config
         return base.requires_grad_(False)
+
+
+def require_layers(base: nn.Module, field: str, targets: str | Sequence[str]) -> None:
+    """Refuse targets of which any names no layer; PEFT minds only if none of them does.
+
+    Args:
+        base: The base model.
+        field: Where the targets stand.
+        targets: Last parts of layers' names, or one regular expression for whole names, as PEFT takes them.
+
+    Raises:
+        InfeasibleTrialError: With the targets without a layer, and the names there are.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    output = base.get_output_embeddings()  # type: ignore[operator]
+    layers = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
+    }
+    inner = {n for n, m in layers.items() if m is not output and not isinstance(m, torch.nn.Embedding)}
+    there = ", ".join(sorted({name.rpartition(".")[2] for name in inner}))
+    if isinstance(targets, str):
+        missing = [] if _names_some(targets, layers, inner) else [targets]
+        hint = "; one text is a regular expression for whole names, a list holds names"
+    else:
+        missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in layers)]
+        missing, hint = missing or ([] if targets else ["(none)"]), ""
+    if missing:
+        raise InfeasibleTrialError(
+            f"{field}: the base model has no layer {', '.join(missing)}; it has {there or 'no linear layers'}"
+            + hint,
+            f"name layers of this model in {field}, or all-linear",
+        )
+
+
+def _names_some(pattern: str, layers: Iterable[str], inner: Iterable[str]) -> bool:
+    if pattern.lower() == "all-linear":
+        return any(inner)
+    try:
+        return any(re.fullmatch(pattern, name) for name in layers)
+    except re.error:
+        return False
+
+
+def empty_causal_lm(path: Path) -> nn.Module:
+    """The layers of a model without their weights, on the meta device: costs nothing, computes nothing."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
 
 
 def load_causal_lm(path: Path, dtype: DTypeName, device: str, **kwargs: Any) -> nn.Module:

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from regraft.methods.base import TunerMethod
+from regraft.errors import InfeasibleTrialError
+from regraft.methods.base import TunerMethod, require_layers
 
 if TYPE_CHECKING:
     from peft import IA3Config
+    from torch import nn
 
 
 class IA3(TunerMethod):
@@ -28,6 +30,18 @@ class IA3(TunerMethod):
     feedforward_modules: tuple[str, ...] = Field(
         ("down_proj",), description="Those of them whose inputs are scaled, not their outputs."
     )
+
+    def check_targets(self, base: nn.Module) -> None:
+        """The inner layers have to be there too, and among the targets."""
+        super().check_targets(base)
+        if self.feedforward_modules:
+            require_layers(base, "feedforward_modules", self.feedforward_modules)
+        stray = set(self.feedforward_modules) - set(self.targets)
+        if stray and not isinstance(self.targets, str):
+            raise InfeasibleTrialError(
+                f"feedforward_modules: {', '.join(sorted(stray))} is not among target_modules",
+                "name in feedforward_modules some of target_modules, or none",
+            )
 
     def peft_config(self) -> IA3Config:
         """Which layers' outputs are scaled, and of which the inputs."""

@@ -56,6 +56,8 @@ class TrialRun:
             }
             if point.eval_loss is not None:
                 values["eval/loss"] = point.eval_loss
+            # Not by the names of the whole set's scores, which stand at the last step too.
+            values |= {f"eval/{name}_at_points": value for name, value in point.scores.items()}
             metrics += [Metric(key, value, now, point.step) for key, value in values.items()]
             self._last_step = max(self._last_step, point.step)
         self._client.log_batch(self.run_id, metrics=metrics)
@@ -128,6 +130,7 @@ class TrialRun:
             quality["eval/loss"] = result.eval_loss
         cost = result.cost.model_dump()
         other = {f"cost/{name}": value for name, value in cost.items()}
+        other |= {f"data/{name}": count for name, count in result.data.items()}
         if result.speed is not None:
             other |= {
                 f"speed/{name}": value for name, value in result.speed.model_dump(exclude={"how"}).items()

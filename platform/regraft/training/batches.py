@@ -1,6 +1,6 @@
-"""From chats to padded batches of token ids, bucketed by length under a token budget.
+"""From encoded chats to padded batches, bucketed by length under a token budget.
 
-Only the assistant's turns are supervised. This module knows no model: token ids in, tensors out.
+This module knows no model and no tokenizer: token ids in, tensors out.
 """
 
 from __future__ import annotations
@@ -9,13 +9,10 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from regraft.errors import DataError
-from regraft.models import prompt_ids
-from regraft.records import Example, Message
+from regraft.errors import InfeasibleTrialError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 
@@ -53,57 +50,17 @@ class Batch(NamedTuple):
         return {"input_ids": self.input_ids, "labels": self.labels}
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, shown: Sequence[Message] = ()
-) -> Encoded:
-    """Turn a chat into token ids by the model's own template, supervising every assistant turn.
-
-    A turn's supervised tokens are what the template adds for it after the generation prompt, including the
-    end-of-turn token: the model has to learn to stop.
-
-    Args:
-        tokenizer: The model's, with a chat template.
-        example: The chat.
-        max_length: The most tokens of the example itself.
-        shown: Turns before its own, not supervised.
+def require_supervised(rows: Sequence[Encoded], purpose: str) -> None:
+    """Refuse a set that gives no loss, or a row that gives none.
 
     Raises:
-        DataError: If the chat is longer than `max_length`, or the template rewrites earlier turns when later
-            ones follow (then which tokens are the assistant's cannot be told).
+        InfeasibleTrialError: With how many.
     """
-    own = len(_render(tokenizer, example)) if shown else None
-    first = len(shown) + (example.messages[0].role == "system")
-    example = example.after(shown)
-    full = _render(tokenizer, example)
-    labels = [IGNORED] * len(full)
-    for index, message in enumerate(example.messages):
-        if message.role != "assistant" or index < first:
-            continue
-        before = prompt_ids(tokenizer, example.messages[:index])
-        upto = full if index == len(example.messages) - 1 else _render(tokenizer, example, index + 1)
-        if full[: len(before)] != before or full[: len(upto)] != upto:
-            raise DataError(
-                f"example {example.id}: the chat template of this model rewrites earlier turns",
-                "split the conversation into single-turn examples, or use another template",
-            )
-        labels[len(before) : len(upto)] = full[len(before) : len(upto)]
-    length = len(full) if own is None else own
-    if length > max_length:
-        raise DataError(
-            f"example {example.id} has {length} tokens, more than sweep.max_length = {max_length}",
-            "shorten the example or raise sweep.max_length",
+    empty = sum(not row.supervised for row in rows)
+    if empty or not rows:
+        raise InfeasibleTrialError(
+            f"nothing to {purpose} on: {empty} of {len(rows)} examples have no supervised token"
         )
-    return Encoded(tuple(full), tuple(labels))
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, example: Example, turns: int | None = None) -> list[int]:
-    messages = [m.model_dump() for m in example.messages[:turns]]
-    ids = list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
-    # Some templates (SmolLM2's among them) write a newline after the last end-of-turn token. Nobody says it.
-    end = tokenizer.eos_token_id
-    while ids and end in ids and ids[-1] != end:
-        ids.pop()
-    return ids
 
 
 def bucket(

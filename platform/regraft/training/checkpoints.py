@@ -36,6 +36,7 @@ class Progress(NamedTuple):
     loss_tokens: int
     seconds: float
     points: tuple[LossPoint, ...]
+    first_loss: float | None = None  # mean of the first step, by which divergence is judged
 
 
 class Checkpoints:

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from regraft.errors import InfeasibleTrialError
 from regraft.methods.base import trainable_parameters
 from regraft.records import LossPoint
-from regraft.training.batches import Batch, Encoded, bucket, collate
+from regraft.training.batches import Batch, Encoded, bucket, collate, require_supervised
 from regraft.training.checkpoints import Checkpoints, Progress
 from regraft.training.distributed import Workers
+from regraft.training.divergence import DivergenceWatch
 from regraft.training.kernels import fast_kernels
-from regraft.training.loss import supervised_positions_only
+from regraft.training.loss import own_forward, supervised_positions_only
 from regraft.training.sharding import gather, is_sharded, shard
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Report = Callable[[LossPoint], None]
+Probe = Callable[[], dict[str, float]]
 
 
 class LoopSettings(NamedTuple):
@@ -78,6 +79,7 @@ def train(
     report: Report,
     workers: Workers = Workers(),  # noqa: B008
     checkpoints: Checkpoints | None = None,
+    probe: Probe | None = None,
 ) -> Outcome:
     """Train the parameters that require gradients.
 
@@ -96,14 +98,18 @@ def train(
         workers: This process's place among its peers.
         checkpoints: Where to go on from, and to keep the state; the first worker writes. What was reported
             before a crash is reported again.
+        probe: Scores the model at each evaluation, in evaluation mode; its time is not counted, and other
+            workers wait for it.
 
     Raises:
-        InfeasibleTrialError: If the loss is no longer a number.
+        InfeasibleTrialError: If the run diverges, or there is nothing to train or evaluate on.
     """
     import torch
 
     shard(model, base, device, workers)  # before anything holds on to a parameter
     parameters = trainable_parameters(model)
+    require_supervised(train_set, "train")
+    require_supervised(evaluation_set, "evaluate")
     plan = _plan(train_set, settings, workers)
     total = len(plan)
     optimiser = _optimiser(parameters, settings, device)
@@ -111,14 +117,15 @@ def train(
     points: list[LossPoint] = []
     seen, since_loss, since_tokens, started, paused = 0, 0.0, 0, time.monotonic(), 0.0
     done = checkpoints.restore(model, optimiser, total, device) if checkpoints else None
-    first = 1
+    first = 1 + (done.step if done else 0)
     if done is not None:
-        first = done.step + 1
         seen, since_loss, since_tokens = done.tokens_seen, done.loss_sum, done.loss_tokens
         started -= done.seconds
         for point in done.points:
             points.append(point)
             report(point)
+    vocabulary = base.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
+    watch = DivergenceWatch(total, vocabulary, done.first_loss if done else None)
     precision = autocast(model, device)
     with (
         supervised_positions_only(base),
@@ -143,8 +150,7 @@ def train(
             )
             workers.average_gradients([p for p in parameters if not is_sharded(p)])
             loss_sum = workers.total(loss_here)
-            if not math.isfinite(loss_sum):
-                raise InfeasibleTrialError(f"diverged: the loss is {loss_sum} at step {step} of {total}")
+            watch.see(step, loss_sum / token_sum)
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -166,6 +172,7 @@ def train(
                     train_loss=since_loss / since_tokens,
                     eval_loss=held_out,
                     learning_rate=rate,
+                    scores=_scores(probe, base, model, device) if probe else {},
                 )
                 since_loss, since_tokens = 0.0, 0
                 points.append(point)
@@ -173,10 +180,16 @@ def train(
                 paused += time.monotonic() - pause
             if checkpoints and step < total and checkpoints.due:
                 seconds = time.monotonic() - started - paused
-                progress = Progress(step, total, seen, since_loss, since_tokens, seconds, tuple(points))
-                checkpoints.save(model, optimiser, progress)
+                counters = (step, total, seen, since_loss, since_tokens, seconds, tuple(points), watch.first)
+                checkpoints.save(model, optimiser, Progress(*counters))
     gather(model, keep=workers.rank == 0)
     return Outcome(tuple(points), seen, time.monotonic() - started - paused)
+
+
+def _scores(probe: Probe, base: nn.Module, model: nn.Module, device: str) -> dict[str, float]:
+    model.eval()
+    with own_forward(base), autocast(model, device):
+        return probe()
 
 
 def evaluation_loss(

@@ -5,10 +5,11 @@ It knows no Ray: what to do with progress is injected.
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,29 @@ from regraft.data.dataset import union_of_evaluations
 from regraft.errors import InfeasibleTrialError
 from regraft.methods import Method, parse_method
 from regraft.methods.base import trainable_parameters
-from regraft.models import ResolvedModel, load_tokenizer, pick_device, resolve
-from regraft.records import Cost, DatasetVersion, LossPoint, Record, TrialResult, TrialStatus, content_hash
+from regraft.models import ResolvedModel, embedding_rows, load_tokenizer, pick_device, resolve
+from regraft.records import (
+    Cost,
+    DatasetVersion,
+    Example,
+    LossPoint,
+    Record,
+    TrialResult,
+    TrialStatus,
+    content_hash,
+)
 from regraft.tracking.runs import Tracker
 from regraft.tracking.trials import TrialRun
-from regraft.training.batches import encode
+from regraft.training.batches import Encoded
 from regraft.training.candidate import BaseCache, score, speed
 from regraft.training.checkpoints import Checkpoints, checkpoint_folder
 from regraft.training.distributed import Workers
+from regraft.training.encoding import Encodings, encode_evaluation, encode_train, evenly
 from regraft.training.loop import LoopSettings, Outcome, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import peak_gib, require_memory, reset_peak
+
+_log = logging.getLogger(__name__)
 
 #: Raised whenever a change to training or evaluation makes earlier trials incomparable.
 TRIAL_VERSION = 3
@@ -64,6 +77,7 @@ class TrialSpec(Record):
             "epochs",
             "tokens_per_batch",
             "max_length",
+            "too_long",
             "warmup_fraction",
             "max_gradient_norm",
             "seed",
@@ -191,6 +205,7 @@ class _Attempt:
         self.points: list[LossPoint] = []
         self.started = time.monotonic()
         self.cost = Cost()
+        self.data: dict[str, int] = {}
         self.device = pick_device(spec.model.device)
         folder = checkpoint_folder(spec.storage, spec.key)
         self.checkpoints = Checkpoints(folder, spec.sweep.checkpoint_seconds, workers) if folder else None
@@ -208,12 +223,12 @@ class _Attempt:
             )
         self._require_memory(base_model.path)
         tokenizer = load_tokenizer(base_model.path)
-        examples = union_of_evaluations(self.dataset)
-        # Evenly over the sets, which follow one another.
-        stride = max(1, -(-len(examples) // (spec.sweep.loss_examples or len(examples))))
+        known = embedding_rows(base_model.path)
         shown = method.shown(self.dataset.split("train"))
-        held_out = [encode(tokenizer, e, spec.sweep.max_length, shown) for e in examples[::stride]]
-        examples = tuple(e.after(shown) for e in examples)
+        held_out = self._counted(
+            "evaluation", encode_evaluation(tokenizer, self.dataset, spec.sweep, known, shown)
+        )
+        examples = tuple(e.after(shown) for e in union_of_evaluations(self.dataset))
         # What is to be sharded may not fit on a device: it goes there layer by layer. Quantising needs one.
         first = "cpu" if self.workers.shard and not method.quantised else self.device
         base = self.bases.take(method, base_model.path, spec.model.dtype, first)
@@ -222,11 +237,11 @@ class _Attempt:
         model = method.apply(base)
         pad_id = int(tokenizer.pad_token_id)
         if method.trains:
-            rows = [encode(tokenizer, e, spec.sweep.max_length) for e in self.dataset.split("train")]
+            rows = self._counted("train", encode_train(tokenizer, self.dataset, spec.sweep, known))
             outcome = train(
                 model, base, rows, held_out, self._loop_settings(method),
                 pad_id=pad_id, device=self.device, report=self._on_point, workers=self.workers,
-                checkpoints=self.checkpoints,
+                checkpoints=self.checkpoints, probe=self._probe(model, tokenizer, examples),
             )  # fmt: skip
         else:
             with supervised_positions_only(base):
@@ -301,6 +316,34 @@ class _Attempt:
             update={"report": report, "speed": timing, "logged_model_id": model_id}
         )
 
+    def _counted(self, name: str, found: Encodings) -> Sequence[Encoded]:
+        """The rows of a set; what became of its examples is kept with the record."""
+        self.data |= {f"{name}_{figure}": count for figure, count in found.counts.items()}
+        if self.workers.rank == 0:
+            lost = len(found.rows) < len(found.lengths) or found.truncated
+            _log.log(logging.WARNING if lost else logging.INFO, "%s: %s", name, found.summary)
+        return found.rows
+
+    def _probe(
+        self, model: Any, tokenizer: Any, examples: Sequence[Example]
+    ) -> Callable[[], dict[str, float]] | None:
+        """What scores a few answers of the model as it is; None where nobody asks.
+
+        The first worker answers; all of them where each holds a part of the weights.
+        """
+        wanted, settings = self.spec.sweep.answers_at_points, self.spec.evaluate
+        if not wanted or (self.workers.rank != 0 and not self.workers.shard):
+            return None
+        asked = evenly(examples, wanted)
+
+        def probe() -> dict[str, float]:
+            found = score(
+                model, tokenizer, asked, settings, dataset_id=self.spec.dataset_id, split="evaluation"
+            )
+            return found.means
+
+        return probe
+
     def _loop_settings(self, method: Method) -> LoopSettings:
         sweep = self.spec.sweep
         of_the_sweep = sweep.model_dump(include=set(LoopSettings._fields))  # they bear the same names
@@ -330,6 +373,7 @@ class _Attempt:
             run_id=self.run.run_id if self.run else "",
             eval_loss=next((p.eval_loss for p in reversed(self.points) if p.eval_loss is not None), None),
             cost=self.cost,
+            data=dict(self.data),
         )
 
 
