@@ -16,11 +16,15 @@ from regraft.models import resolve
 from regraft.records import DatasetVersion
 
 
-def run(path: Path) -> None:
+def run(path: Path, *, cards: bool = False) -> None:
     """Check configuration, data and base model; start nothing."""
-    from regraft.tuning.plan import describe
-
     experiment = Experiment.load(path)
+    source = Path(experiment.model.source)
+    if cards and (source / "config.json").is_file():
+        _show_cards(experiment, source)
+        if not any(source.glob("*.safetensors")):
+            say(f"{source} has no weights: nothing else can be checked")
+            return
     dataset = load_dataset(experiment.name, experiment.data)
     for file in (experiment.retrain.reviewed, *experiment.retrain.evaluation.values()):
         if file is not None:
@@ -31,20 +35,50 @@ def run(path: Path) -> None:
         f"{experiment.name}: base {base.source} ({base.revision}); dataset {dataset.id}: {counts}",
         markup=False,
     )
-    table = Table(title="Trials")
-    for name in ("trial", "runs", "memory"):
-        table.add_column(name)
-    for row in describe(experiment, base.path):
-        table.add_row(*row)
-    console.print(table)
-    _check_inputs(experiment, dataset, base.path)
+    tokens = _check_inputs(experiment, dataset, base.path)
+    _show_trials(experiment, base.path, tokens)
+    if cards and not (source / "config.json").is_file():
+        _show_cards(experiment, base.path)
     console.print(
         f"chosen by {experiment.select.maximise}; served at {experiment.serve.host}:{experiment.serve.port}"
     )
 
 
-def _check_inputs(experiment: Experiment, dataset: DatasetVersion, base: Path) -> None:
-    """Encode the data as a trial will, and find the layers that adapters name; say what will be lost."""
+def _show_trials(experiment: Experiment, base: Path, tokens: int) -> None:
+    from regraft.tuning.plan import describe
+
+    table = Table(title="Trials: predicted peak memory, and time of training")
+    for name in ("trial", "runs", "memory", "time", ""):
+        table.add_column(name)
+    for row in describe(experiment, base, tokens):
+        table.add_row(*row)
+    console.print(table)
+
+
+def _show_cards(experiment: Experiment, base: Path) -> None:
+    """What each method would need on GPUs of common sizes, whatever this machine has."""
+    from regraft.training.preflight import CARDS, Batching, on_card, predict, shape_of
+
+    sweep = experiment.sweep
+    batching = Batching.of(sweep, experiment.evaluate)
+    table = Table(
+        title=f"{shape_of(base).parameters / 1e9:.2f} billion parameters, {sweep.tokens_per_batch} tokens a "
+        f"batch, {sweep.max_length} a row: predicted for CUDA, not measured there"
+    )
+    for name in ("trial", "one card needs", *CARDS):
+        table.add_column(name)
+    for method in sweep.expanded():
+        memory = predict(method, base, "bfloat16", "cuda", batching)
+        fits = [on_card(method, base, batching, size) for size in CARDS.values()]
+        table.add_row(method.label, f"{memory.gib:.1f} GiB ({memory.parts})", *fits)
+    console.print(table)
+
+
+def _check_inputs(experiment: Experiment, dataset: DatasetVersion, base: Path) -> int:
+    """Encode the data as a trial will, and find the layers that adapters name; say what will be lost.
+
+    Gives the tokens of the training set.
+    """
     from regraft.methods.base import TunerMethod, empty_causal_lm
     from regraft.models import embedding_rows, load_tokenizer
     from regraft.templates import writes_system
@@ -66,3 +100,4 @@ def _check_inputs(experiment: Experiment, dataset: DatasetVersion, base: Path) -
                     method.check_targets(skeleton)
                 except InfeasibleTrialError as error:
                     raise ConfigError(f"sweep.methods.{index}.{error.problem}", error.mend) from error
+    return sum(len(row.ids) for row in found["train"].rows)

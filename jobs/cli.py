@@ -47,11 +47,20 @@ def quickstart(path: ExperimentPath = EXAMPLE) -> None:
 
 
 @app.command()
-def check(path: ExperimentPath = EXAMPLE) -> None:
-    """Validate an experiment whole and print what it would do, without starting anything."""
+def check(
+    path: ExperimentPath = EXAMPLE,
+    cards: Annotated[
+        bool, typer.Option(help="Also say how each trial fits on GPUs of 24, 48 and 80 GB.")
+    ] = False,
+) -> None:
+    """Validate an experiment whole and print what it would do, without starting anything.
+
+    For each trial: predicted peak memory with its largest parts, predicted time of training, and what would
+    make it fit if it does not. With `--cards`, `model.source` may be a folder with a config.json alone.
+    """
     from jobs.check import run
 
-    run(path)
+    run(path, cards=cards)
 
 
 @app.command()

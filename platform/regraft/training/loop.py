@@ -138,8 +138,7 @@ def train(
             rate = settings.learning_rate * share_of_rate(
                 settings.schedule, total, settings.warmup_fraction, step - 1
             )
-            for parameter_group in optimiser.param_groups:
-                parameter_group["lr"] = rate
+            _set_rate(optimiser, rate)
             # Random numbers follow from the step and the micro-batch's place in it: neither from when it was
             # reached, nor from who works on it.
             first_seed = settings.seed * 2**40 + step * 2**16 + workers.rank
@@ -275,6 +274,11 @@ def _optimiser(parameters: list[Any], settings: LoopSettings, device: str) -> to
     ]
     kept = [g for g in groups if g["params"]]
     return torch.optim.AdamW(kept, lr=settings.learning_rate, fused=device.startswith("cuda") or None)
+
+
+def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate
 
 
 def _gradients(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from pathlib import Path
 
 import psutil
@@ -12,11 +10,11 @@ import psutil
 from regraft.errors import InfeasibleTrialError
 from regraft.methods import Method
 from regraft.methods.base import DTypeName
+from regraft.training.preflight import Batching, predict
 
 GIB = 2**30
-#: Imports, tokenizer, activations of a small batch: what a trial needs beside its weights. Measured on
-#: SmolLM2-135M at 512 tokens a batch; a lower bound for larger models and batches.
-_FLOOR_GIB = 0.8
+#: No trial is refused within this factor of the prediction (`docs/preflight.md` has its errors).
+_MARGIN = 1.25
 
 
 def reset_peak(device: str) -> None:
@@ -50,43 +48,27 @@ def peak_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / GIB
 
 
-def parameter_count(model: Path) -> int:
-    """Parameters of a model on disk, from the safetensors headers alone."""
-    total = 0
-    for file in model.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            count = 1
-            for size in entry["shape"]:
-                count *= size
-            total += count
-    return total
-
-
-def least_gib(method: Method, model: Path, dtype: DTypeName, shards: int = 1) -> float:
-    """A lower bound of what a worker needs: weights, gradients and optimiser state, without activations.
-
-    Full fine-tuning holds fp32 weights, gradients and two AdamW moments: 16 bytes a parameter. Everything
-    else holds the frozen base: 2 or 4 bytes a parameter, about 1 in NF4 with its embeddings unquantised.
-    """
-    parameters = parameter_count(model)
-    frozen = 1 if method.quantised else (2 if dtype == "bfloat16" else 4)
-    return parameters * (16 if method.kind == "full" else frozen) / shards / GIB + _FLOOR_GIB
+def least_gib(
+    method: Method, model: Path, dtype: DTypeName, device: str = "cpu", batching: Batching | None = None
+) -> float:
+    """What a trial needs if the prediction was as far too high as predictions have been."""
+    return predict(method, model, dtype, device, batching).training_gib / _MARGIN
 
 
 def require_memory(
-    method: Method, model: Path, dtype: DTypeName, device: str, limit_gib: float | None, shards: int = 1
+    method: Method,
+    model: Path,
+    dtype: DTypeName,
+    device: str,
+    limit_gib: float | None,
+    batching: Batching | None = None,
 ) -> None:
-    """Refuse a trial that cannot fit.
+    """Refuse a trial that cannot fit, even if the prediction is as far off as any was.
 
     Raises:
         InfeasibleTrialError: With what it needs and what there is.
     """
-    need = least_gib(method, model, dtype, shards)
+    need = least_gib(method, model, dtype, device, batching)
     if limit_gib is not None and need > limit_gib:
         raise InfeasibleTrialError(
             f"memory: {method.label} needs at least {need:.1f} GiB, sweep.trial_memory_gib is {limit_gib:g}"

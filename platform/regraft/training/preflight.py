@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regraft.errors import ModelError
+from regraft.config import EvaluateSection, SweepSection
 from regraft.methods import LoRA, Method
-from regraft.methods.base import DTypeName, TunerMethod
+from regraft.methods.base import DTypeName, TunerMethod, empty_causal_lm
 from regraft.methods.lora_init import FromWeights
 
 GIB = 2**30
@@ -24,10 +24,10 @@ _PROCESS = int(0.62 * GIB)
 _QUANTISING = int(0.3 * GIB)
 #: What the CUDA context and its libraries take beside torch's own allocations, per device.
 _CUDA_CONTEXT = int(0.6 * GIB)
-#: bf16 matrix rate (dense, without sparsity, from NVIDIA's data sheets) of the cards people ask about, and
-#: their memory. Training reaches a share of the rate: torchtune's and PEFT's published runs lie near 0.35.
-CARDS = {"24 GB (RTX 4090)": (24e9, 165e12), "48 GB (L40S)": (48e9, 362e12), "80 GB (H100)": (80e9, 989e12)}
-CARD_UTILISATION = 0.35
+#: Memory of the cards people ask about, in bytes.
+CARDS = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9}
+#: Share of the matrix rate that the loop reaches on a CPU: the median of `benchmarks/preflight.py`.
+CPU_UTILISATION = 0.5
 
 
 class Shape(NamedTuple):
@@ -59,8 +59,19 @@ class Batching(NamedTuple):
     gradient_checkpointing: bool = False
     answer_rows: int = 32
     answer_tokens: int = 64
-    workers: int = 1
-    shard: bool = False
+    shards: int = 1
+
+    @classmethod
+    def of(cls, sweep: SweepSection, evaluate: EvaluateSection, *, sharded: bool = False) -> Batching:
+        """What a sweep's trials let through at once."""
+        return cls(
+            sweep.tokens_per_batch,
+            sweep.max_length,
+            sweep.gradient_checkpointing,
+            evaluate.batch_size,
+            evaluate.max_new_tokens,
+            sweep.workers_per_trial if sharded else 1,
+        )
 
 
 class Memory(NamedTuple):
@@ -101,9 +112,9 @@ def shape_of(folder: Path) -> Shape:
     """Read a model's sizes from its `config.json`; no weights are needed.
 
     Raises:
-        ModelError: If transformers cannot build the model.
+        regraft.errors.ModelError: If transformers cannot build the model.
     """
-    base = skeleton(folder)
+    base: Any = empty_causal_lm(folder)
     head = base.get_output_embeddings()
     embedding = base.get_input_embeddings()
     linear, widest = 0, 0
@@ -132,26 +143,9 @@ def shape_of(folder: Path) -> Shape:
     )
 
 
-def skeleton(folder: Path) -> Any:
-    """The model of a folder on the meta device: modules and shapes, no values."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{folder}: transformers cannot build this model: {error}", "check its config.json"
-        ) from error
-    model.tie_weights()
-    return model.requires_grad_(False)
-
-
 @lru_cache(maxsize=256)
 def trained_by(method: Method, folder: Path) -> int:
-    """How many parameters a method trains, by applying it to the skeleton."""
+    """How many parameters a method trains, by applying it to a model without values."""
     import torch
 
     if method.kind == "control":
@@ -161,7 +155,7 @@ def trained_by(method: Method, folder: Path) -> int:
         method = LoRA(**{field: getattr(method, field) for field in same})
     if "initial_text" in type(method).model_fields:  # needs the tokenizer and values
         method = method.model_copy(update={"initial_text": None})
-    base = skeleton(folder)
+    base = empty_causal_lm(folder)
     with torch.device("meta"):
         model = method.apply(base)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -184,9 +178,9 @@ def predict(
     trained = trained_by(method, folder)
     value = 2 if dtype == "bfloat16" else 4
     full = method.kind == "full"
-    share = batching.workers if batching.shard else 1
+    share = batching.shards
     weights = _weights(method, shape, value) / share
-    if batching.shard:  # one layer at a time is gathered whole, in the type it is computed in
+    if share > 1:  # one layer at a time is gathered whole, in the type it is computed in
         weights += shape.linear / shape.layers * 2
     state = trained / (share if full else 1)
     tokens = _tokens(method, batching)
@@ -254,10 +248,10 @@ def _layer_values(method: Method, shape: Shape, device: str) -> float:
 
 
 def _loss(method: Method, shape: Shape, tokens: float, width: int) -> float:
+    every = tokens * shape.vocabulary
     if method.kind == "full":
-        tied = shape.embedding
-        return 8 * _LOSS_LOGITS * 6 + tied * (2 + 4 + 4) + tokens * shape.hidden * 2
-    return _LOSS_LOGITS * (4 + 2 * width) + tokens * shape.hidden * width
+        return min(every, 8 * _LOSS_LOGITS) * 6 + shape.embedding * (2 + 4 + 4) + tokens * shape.hidden * 2
+    return min(every, _LOSS_LOGITS) * (4 + 2 * width) + tokens * shape.hidden * width
 
 
 def _answering(shape: Shape, batching: Batching, value: int) -> float:
@@ -281,6 +275,38 @@ def flops_per_token(method: Method, folder: Path, batching: Batching, supervised
     total += 0 if method.kind == "full" else 6 * trained
     total += supervised * shape.vocabulary * shape.hidden * (6 if method.kind == "full" else 4)
     return total + 14 * shape.layers * shape.queries * batching.max_length / 4
+
+
+def mend(
+    method: Method, folder: Path, dtype: DTypeName, device: str, batching: Batching, limit_gib: float
+) -> str:
+    """What would make a trial fit under a limit: smaller batches, activations computed again, or nothing."""
+    for again in (batching.gradient_checkpointing, True):
+        tokens = batching.tokens_per_batch
+        while tokens >= batching.max_length:
+            smaller = batching._replace(tokens_per_batch=tokens, gradient_checkpointing=again)
+            if predict(method, folder, dtype, device, smaller).gib <= limit_gib:
+                words = [f"tokens_per_batch {tokens}"] if tokens < batching.tokens_per_batch else []
+                words += ["gradient_checkpointing"] if again and not batching.gradient_checkpointing else []
+                return "fits with " + " and ".join(words)
+            tokens //= 2
+    return "does not fit with smaller batches either"
+
+
+def on_card(method: Method, folder: Path, batching: Batching, bytes_of_card: float) -> str:
+    """How a trial fits on cards of a size: as it is, mended, or shared among how many of them."""
+    limit = bytes_of_card / GIB
+    if predict(method, folder, "bfloat16", "cuda", batching).gib <= limit:
+        return "fits"
+    if (mended := mend(method, folder, "bfloat16", "cuda", batching, limit)).startswith("fits"):
+        return mended.removeprefix("fits ")
+    again = batching._replace(
+        tokens_per_batch=batching.max_length, gradient_checkpointing=True, answer_rows=1
+    )
+    for cards in (2, 4, 8, 16, 32, 64):
+        if predict(method, folder, "bfloat16", "cuda", again._replace(shards=cards)).gib <= limit:
+            return f"sharded over {cards}"
+    return "no"
 
 
 def matmul_rate(threads: int | None = None) -> float:

@@ -39,6 +39,7 @@ from regraft.training.encoding import Encodings, encode_evaluation, encode_train
 from regraft.training.loop import LoopSettings, Outcome, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import peak_gib, require_memory, reset_peak
+from regraft.training.preflight import Batching
 
 _log = logging.getLogger(__name__)
 
@@ -273,7 +274,7 @@ class _Attempt:
         try:
             require_memory(
                 spec.parsed, base, spec.model.dtype, self.device, spec.sweep.trial_memory_gib,
-                self.workers.shards,
+                Batching.of(spec.sweep, spec.evaluate, sharded=self.workers.shard),
             )  # fmt: skip
         except InfeasibleTrialError as error:
             problem = error.problem

@@ -7,10 +7,18 @@ from typing import NamedTuple
 
 from regraft.config import Experiment
 from regraft.methods import Method
-from regraft.models import ResolvedModel
+from regraft.models import ResolvedModel, pick_device
 from regraft.records import DatasetVersion, TrialResult, content_hash
 from regraft.tracking.runs import Tracker
 from regraft.training.memory import least_gib
+from regraft.training.preflight import (
+    CPU_UTILISATION,
+    Batching,
+    flops_per_token,
+    matmul_rate,
+    mend,
+    predict,
+)
 from regraft.training.trial import TrialSpec
 
 
@@ -62,19 +70,41 @@ def by_ray_train(method: Method, experiment: Experiment) -> bool:
     )
 
 
-def describe(experiment: Experiment, base: Path) -> list[tuple[str, str, str]]:
-    """For each trial: its label, where it runs, and what memory it needs at least."""
+class Forecast(NamedTuple):
+    """What is expected of one trial, in words."""
+
+    label: str
+    runs: str
+    memory: str
+    time: str
+    note: str
+
+
+def describe(experiment: Experiment, base: Path, train_tokens: int = 0) -> list[Forecast]:
+    """What each trial will need.
+
+    Args:
+        experiment: With its sweep.
+        base: Folder of the base model.
+        train_tokens: Of the training set, for the time of an epoch; unknown if 0.
+    """
+    sweep, dtype, device = experiment.sweep, experiment.model.dtype, pick_device(experiment.model.device)
+    threads = max(1, int(sweep.cpus_per_trial))
+    rate = matmul_rate(threads) * CPU_UTILISATION if device == "cpu" and train_tokens else 0.0
     rows = []
-    for method in experiment.sweep.expanded():
-        sweep = experiment.sweep
-        shards = sweep.workers_per_trial if sweep.shard and by_ray_train(method, experiment) else 1
-        need = least_gib(method, base, experiment.model.dtype, shards)
-        limit = experiment.sweep.trial_memory_gib
-        where = (
-            f"Ray Train, {experiment.sweep.workers_per_trial} worker(s)"
-            if by_ray_train(method, experiment)
-            else "inline"
-        )
-        fits = "" if limit is None or need <= limit else f", over the limit of {limit:g}: infeasible"
-        rows.append((method.label, where, f"≥ {need:.1f} GiB{fits}"))
+    for method in sweep.expanded():
+        workers = sweep.workers_per_trial if by_ray_train(method, experiment) else 1
+        batching = Batching.of(sweep, experiment.evaluate, sharded=sweep.shard and workers > 1)
+        memory = predict(method, base, dtype, device, batching)
+        limit, note = sweep.trial_memory_gib, ""
+        if limit is not None and memory.gib > limit:
+            infeasible = least_gib(method, base, dtype, device, batching) > limit
+            note = f"over the limit of {limit:g} GiB{': infeasible' if infeasible else ''}; "
+            note += mend(method, base, dtype, device, batching, limit)
+        time = "–"
+        if rate and method.trains:
+            tokens = train_tokens * sweep.epochs / workers
+            time = f"{tokens * flops_per_token(method, base, batching) / rate / 60:.1f} min"
+        where = f"Ray Train, {workers} worker(s)" if by_ray_train(method, experiment) else "inline"
+        rows.append(Forecast(method.label, where, f"{memory.gib:.1f} GiB ({memory.parts})", time, note))
     return rows
