@@ -17,6 +17,7 @@ import torch
 from regraft.config import EvaluateSection, ModelSection, SweepSection
 from regraft.data.dataset import make_dataset
 from regraft.errors import DataError, InfeasibleTrialError, ModelError
+from regraft.evals.generation import generate
 from regraft.methods import IA3, METHOD_CLASSES, LoRA, parse_method
 from regraft.methods.base import TunerMethod, empty_causal_lm, trainable_parameters
 from regraft.models import embedding_rows, load_tokenizer, prompt_ids, resolve
@@ -28,6 +29,7 @@ from regraft.training.candidate import BaseCache, score
 from regraft.training.divergence import DivergenceWatch
 from regraft.training.encoding import Limits, encode, encode_all, evenly
 from regraft.training.loop import LoopSettings, train
+from regraft.training.loss import own_forward, supervised_positions_only
 from regraft.training.trial import TrialSpec, run_trial
 
 if TYPE_CHECKING:
@@ -451,13 +453,38 @@ def test_answers_on_the_way_are_the_models_own_and_change_nothing(
     assert [p.model_copy(update={"scores": {}}) for p in points] == list(without)
     for a, b in zip(trainable_parameters(model), trainable_parameters(other), strict=True):
         assert torch.equal(a, b)
-    # Asked again after training, outside of the patched loss, the last model answers the same. Padded rows of
-    # different lengths would not, if `generate` did not see the positions it has to hand over.
+    # Asked again after training, outside of the patched loss, the last model answers the same.
     if method["name"] != "full":  # that one answers under autocast while it trains
         after = score(
             model.eval(), tiny_tokenizer, CHATS, EvaluateSection(max_new_tokens=8), dataset_id="d", split="e"
         )
         assert [e.output for e in reports[-1].examples] == [e.output for e in after.examples]
+
+
+def test_answers_on_the_way_know_the_positions_of_padded_rows(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    # Learnt positions: with a model that only knows distances nothing would show.
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tiny_tokenizer), n_positions=256, n_embd=32, n_layer=1, n_head=2, initializer_range=0.5,
+            bos_token_id=None, eos_token_id=tiny_tokenizer.eos_token_id,
+        )
+    ).eval()  # fmt: skip
+    prompts = [prompt_ids(tiny_tokenizer, c.prompt) for c in CHATS]
+
+    def answers() -> list[str]:
+        return generate(base, tiny_tokenizer, prompts, max_new_tokens=8, batch_size=4)
+
+    wanted = answers()
+    with supervised_positions_only(base):
+        with own_forward(base):
+            assert answers() == wanted
+        assert "forward" in vars(base)
+        assert answers() != wanted  # or `own_forward` is not needed any more
 
 
 def test_time_for_answers_is_not_time_of_training(

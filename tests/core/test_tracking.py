@@ -168,10 +168,11 @@ def decision(number: int, outcome: str = "promote") -> PromotionDecision:
 def test_a_trial_comes_back_as_it_was(tracker, client, tmp_path):
     run = start(tracker, "k1")
     point = LossPoint(step=1, tokens_seen=10, train_loss=2.0, learning_rate=0.1)
-    run.log_curve([point, point.model_copy(update={"step": 2, "eval_loss": 1.9})])
+    later = {"step": 2, "eval_loss": 1.9, "scores": {"rougeL": 0.25}}
+    run.log_curve([point, point.model_copy(update=later)])
     adapter = make_adapter(tmp_path / "adapter")
     model_id = run.log_adapter(adapter, name="lora lr=0.001", params={"base_model": "smollm2"}, step=2)
-    result = result_of(run, "k1", logged_model_id=model_id)
+    result = result_of(run, "k1", logged_model_id=model_id, data={"train_dropped": 3})
     assert tracker.find_trial("k1") is None
     run.finish(result)
     assert tracker.find_trial("k1") == result
@@ -187,6 +188,8 @@ def test_a_trial_comes_back_as_it_was(tracker, client, tmp_path):
     assert metrics["eval/rougeL"] == 0.5
     assert metrics["eval/loss"] == 1.5
     assert metrics["train/tokens_seen"] == 10
+    assert metrics["eval/rougeL_at_points"] == 0.25
+    assert metrics["data/train_dropped"] == 3
     assert metrics["cost/adapter_bytes"] == 9
     assert metrics["speed/latency_p95_ms"] == 20
     assert [p.step for p in client.get_metric_history(run.run_id, "train/loss")] == [1, 2]

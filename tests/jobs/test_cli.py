@@ -128,6 +128,7 @@ def test_good_experiment_is_checked_without_starting_anything(case: Case) -> Non
     assert done.returncode == 0, done.stderr
     assert "1 train, 1 evaluation" in done.stdout
     assert "lora rank=8" in done.stdout
+    assert "train: 1 of 1 examples kept; " in " ".join(done.stdout.split())
     assert case.processes() == []
     untouched(case)
 
@@ -152,6 +153,14 @@ MISTAKES: dict[str, tuple[Callable[[Case], object], tuple[str, ...]]] = {
     "missing model folder": (
         lambda c: c.change("./model", "./modle"),
         ("model.source: no folder ./modle",),
+    ),
+    "too long": (
+        lambda c: c.change("sweep:", "sweep:\n  max_length: 16"),
+        ("train: 1 of 1 examples are longer than sweep.max_length = 16", "sweep.too_long"),
+    ),
+    "no such layer": (
+        lambda c: c.change("rank: 8", "rank: 8, target_modules: [q_proj, nope]"),
+        ("sweep.methods.1.target_modules: the base model has no layer nope; it has down_proj",),
     ),
     "missing experiment": (lambda c: (c.folder / "regraft.yaml").unlink(), ("regraft.yaml: No such file",)),
 }
