@@ -146,7 +146,10 @@ class SweepSection(Section):
     ray_train: tuple[str, ...] = Field((), description="Methods that run as Ray Train even with one worker.")
     max_concurrent: int | None = Field(None, ge=1)
     trial_memory_gib: float | None = Field(
-        None, gt=0, description="A trial that would need more is infeasible."
+        None,
+        gt=0,
+        description="Memory of a trial, in GiB; on a GPU all of its own if not given. Batches pass "
+        "through in parts where they would need more; a trial that cannot fit is infeasible.",
     )
 
     @field_validator("min_workers")

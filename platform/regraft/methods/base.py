@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from regraft.errors import InfeasibleTrialError
+from regraft.errors import InfeasibleTrialError, ModelError
 from regraft.records import Example, Message
 
 if TYPE_CHECKING:
@@ -191,13 +191,23 @@ def _names_some(pattern: str, layers: Iterable[str], inner: Iterable[str]) -> bo
 
 
 def empty_causal_lm(path: Path) -> nn.Module:
-    """The layers of a model without their weights, on the meta device: costs nothing, computes nothing."""
+    """The layers of a model without their weights, on the meta device: costs nothing, computes nothing.
+
+    Raises:
+        ModelError: If transformers cannot build the model of `config.json`.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path}/config.json: transformers cannot build this model: {str(error).splitlines()[0]}",
+            "check model.source and the version of transformers",
+        ) from error
 
 
 def load_causal_lm(path: Path, dtype: DTypeName, device: str, **kwargs: Any) -> nn.Module:

@@ -88,6 +88,13 @@ def bucket(
     return groups
 
 
+def split(group: Sequence[Encoded], most_tokens: int) -> list[list[Encoded]]:
+    """Cut a group into pieces of at most `most_tokens` padded tokens, or of one row; 0 leaves it whole."""
+    rows = most_tokens // max(len(e.ids) for e in group) if most_tokens else len(group)
+    rows = max(1, rows)
+    return [list(group[start : start + rows]) for start in range(0, len(group), rows)]
+
+
 def collate(group: Sequence[Encoded], pad_id: int) -> Batch:
     """Pad a group on the right."""
     import torch

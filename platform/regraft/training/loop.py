@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.methods.base import trainable_parameters
 from regraft.records import LossPoint
-from regraft.training.batches import Batch, Encoded, bucket, collate, require_supervised
+from regraft.training.batches import Batch, Encoded, bucket, collate, require_supervised, split
 from regraft.training.checkpoints import Checkpoints, Progress
 from regraft.training.distributed import Workers
 from regraft.training.divergence import DivergenceWatch
@@ -44,6 +44,7 @@ class LoopSettings(NamedTuple):
     schedule: str = "linear"
     weight_decay: float = 0.0
     gradient_checkpointing: bool = False
+    micro_tokens: int = 0  #: Most that pass through at once; a batch is cut, its step stays the same.
 
 
 class Step(NamedTuple):
@@ -124,8 +125,7 @@ def train(
         for point in done.points:
             points.append(point)
             report(point)
-    vocabulary = base.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
-    watch = DivergenceWatch(total, vocabulary, done.first_loss if done else None)
+    watch = DivergenceWatch(total, _vocabulary(base), done.first_loss if done else None)
     precision = autocast(model, device)
     with (
         supervised_positions_only(base),
@@ -276,6 +276,10 @@ def _optimiser(parameters: list[Any], settings: LoopSettings, device: str) -> to
     return torch.optim.AdamW(kept, lr=settings.learning_rate, fused=device.startswith("cuda") or None)
 
 
+def _vocabulary(base: Any) -> int:
+    return int(base.config.get_text_config().vocab_size)
+
+
 def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
     for group in optimiser.param_groups:
         group["lr"] = rate
@@ -313,5 +317,6 @@ def _plan(examples: Sequence[Encoded], settings: LoopSettings, workers: Workers)
             of_all = groups[start : start + settings.accumulate * workers.wanted]
             supervised = sum(e.supervised for group in of_all for e in group)
             tokens = sum(len(e.ids) for group in of_all for e in group)
-            steps.append(Step(tuple(workers.share(of_all)), supervised, tokens))
+            pieces = [piece for group in of_all for piece in split(group, settings.micro_tokens)]
+            steps.append(Step(tuple(workers.share(pieces)), supervised, tokens))
     return steps[: max(1, math.ceil(len(steps) * settings.epochs / math.ceil(settings.epochs)))]

@@ -48,6 +48,15 @@ def peak_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / GIB
 
 
+def device_gib(device: str) -> float | None:
+    """All memory of a GPU, in GiB; None for a CPU, whose processes share what there is."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return float(torch.cuda.get_device_properties(device).total_memory) / GIB
+
+
 def least_gib(
     method: Method, model: Path, dtype: DTypeName, device: str = "cpu", batching: Batching | None = None
 ) -> float:

@@ -277,29 +277,49 @@ def flops_per_token(method: Method, folder: Path, batching: Batching, supervised
     return total + 14 * shape.layers * shape.queries * batching.max_length / 4
 
 
+def micro_tokens(
+    method: Method, folder: Path, dtype: DTypeName, device: str, batching: Batching, limit_gib: float
+) -> int:
+    """The largest micro-batch that training fits with: the batch, or half of it, or half of that.
+
+    No smaller than the longest row; whether that fits is for the caller to see.
+    """
+    tokens = batching.tokens_per_batch
+    while tokens // 2 >= batching.max_length:
+        tried = batching._replace(tokens_per_batch=tokens)
+        if predict(method, folder, dtype, device, tried).training_gib <= limit_gib:
+            break
+        tokens //= 2
+    return tokens
+
+
 def mend(
     method: Method, folder: Path, dtype: DTypeName, device: str, batching: Batching, limit_gib: float
 ) -> str:
-    """What would make a trial fit under a limit: smaller batches, activations computed again, or nothing."""
+    """How a trial gets under a limit: in micro-batches, which is done anyway; by other settings; or not."""
     for again in (batching.gradient_checkpointing, True):
-        tokens = batching.tokens_per_batch
-        while tokens >= batching.max_length:
-            smaller = batching._replace(tokens_per_batch=tokens, gradient_checkpointing=again)
-            if predict(method, folder, dtype, device, smaller).gib <= limit_gib:
-                words = [f"tokens_per_batch {tokens}"] if tokens < batching.tokens_per_batch else []
-                words += ["gradient_checkpointing"] if again and not batching.gradient_checkpointing else []
-                return "fits with " + " and ".join(words)
-            tokens //= 2
+        smaller = batching._replace(gradient_checkpointing=again)
+        tokens = micro_tokens(method, folder, dtype, device, smaller, limit_gib)
+        words = ["gradient_checkpointing"] if again != batching.gradient_checkpointing else []
+        rows = batching.answer_rows
+        while True:
+            fitted = smaller._replace(tokens_per_batch=tokens, answer_rows=rows)
+            found = predict(method, folder, dtype, device, fitted)
+            if found.gib <= limit_gib or found.training_gib > limit_gib or rows == 1:
+                break
+            rows //= 2
+        if found.gib <= limit_gib:
+            words += [f"evaluate.batch_size {rows}"] if rows < batching.answer_rows else []
+            words += [f"micro-batches of {tokens} tokens"] if tokens < batching.tokens_per_batch else []
+            return "with " + " and ".join(words) if words else "fits"
     return "does not fit with smaller batches either"
 
 
 def on_card(method: Method, folder: Path, batching: Batching, bytes_of_card: float) -> str:
     """How a trial fits on cards of a size: as it is, mended, or shared among how many of them."""
     limit = bytes_of_card / GIB
-    if predict(method, folder, "bfloat16", "cuda", batching).gib <= limit:
-        return "fits"
-    if (mended := mend(method, folder, "bfloat16", "cuda", batching, limit)).startswith("fits"):
-        return mended.removeprefix("fits ")
+    if not (mended := mend(method, folder, "bfloat16", "cuda", batching, limit)).startswith("does not"):
+        return mended
     again = batching._replace(
         tokens_per_batch=batching.max_length, gradient_checkpointing=True, answer_rows=1
     )

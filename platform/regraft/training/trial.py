@@ -38,8 +38,8 @@ from regraft.training.distributed import Workers
 from regraft.training.encoding import Encodings, encode_evaluation, encode_train, evenly
 from regraft.training.loop import LoopSettings, Outcome, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
-from regraft.training.memory import peak_gib, require_memory, reset_peak
-from regraft.training.preflight import Batching
+from regraft.training.memory import device_gib, peak_gib, require_memory, reset_peak
+from regraft.training.preflight import Batching, micro_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ class _Attempt:
             raise InfeasibleTrialError(
                 f"the base here is {base_model.revision}, that of the sweep {spec.base_revision}"
             )
-        self._require_memory(base_model.path)
+        micro = self._fit(base_model.path)
         tokenizer = load_tokenizer(base_model.path)
         known = embedding_rows(base_model.path)
         shown = method.shown(self.dataset.split("train"))
@@ -240,7 +240,7 @@ class _Attempt:
         if method.trains:
             rows = self._counted("train", encode_train(tokenizer, self.dataset, spec.sweep, known))
             outcome = train(
-                model, base, rows, held_out, self._loop_settings(method),
+                model, base, rows, held_out, self._loop_settings(method, micro),
                 pad_id=pad_id, device=self.device, report=self._on_point, workers=self.workers,
                 checkpoints=self.checkpoints, probe=self._probe(model, tokenizer, examples),
             )  # fmt: skip
@@ -268,18 +268,27 @@ class _Attempt:
             return self.result("completed")
         return self._score(method, model, base_model, tokenizer, examples)
 
-    def _require_memory(self, base: Path) -> None:
-        """Refuse what cannot fit, on all workers if it cannot on one: the others would wait for it."""
-        spec, problem = self.spec, None
-        try:
-            require_memory(
-                spec.parsed, base, spec.model.dtype, self.device, spec.sweep.trial_memory_gib,
-                Batching.of(spec.sweep, spec.evaluate, sharded=self.workers.shard),
-            )  # fmt: skip
-        except InfeasibleTrialError as error:
-            problem = error.problem
+    def _fit(self, base: Path) -> int:
+        """The micro-batch that fits, in tokens; 0 for whole batches.
+
+        What cannot fit is refused on all workers if on one: the others would wait for it.
+        """
+        spec, problem, tokens = self.spec, None, 0
+        limit = spec.sweep.trial_memory_gib or device_gib(self.device)
+        batching = Batching.of(spec.sweep, spec.evaluate, sharded=self.workers.shard)
+        if limit is not None:
+            asked = (spec.parsed, base, spec.model.dtype, self.device)
+            tokens = micro_tokens(*asked, batching, limit)
+            try:
+                require_memory(*asked, limit, batching._replace(tokens_per_batch=tokens))
+            except InfeasibleTrialError as error:
+                problem = error.problem
         if found := self.workers.first_problem(problem):
             raise InfeasibleTrialError(found)
+        if not tokens or tokens == batching.tokens_per_batch:
+            return 0
+        self.data["micro_batch_tokens"] = tokens
+        return tokens
 
     def _score(
         self, method: Method, model: Any, base_model: ResolvedModel, tokenizer: Any, examples: Any
@@ -345,10 +354,10 @@ class _Attempt:
 
         return probe
 
-    def _loop_settings(self, method: Method) -> LoopSettings:
+    def _loop_settings(self, method: Method, micro: int) -> LoopSettings:
         sweep = self.spec.sweep
         of_the_sweep = sweep.model_dump(include=set(LoopSettings._fields))  # they bear the same names
-        return LoopSettings(learning_rate=method.learning_rate, **of_the_sweep)
+        return LoopSettings(learning_rate=method.learning_rate, micro_tokens=micro, **of_the_sweep)
 
     def _on_point(self, point: LossPoint) -> None:
         self.points.append(point)

@@ -17,6 +17,7 @@ from regraft.training.preflight import (
     flops_per_token,
     matmul_rate,
     mend,
+    micro_tokens,
     predict,
 )
 from regraft.training.trial import TrialSpec
@@ -98,13 +99,15 @@ def describe(experiment: Experiment, base: Path, train_tokens: int = 0) -> list[
         memory = predict(method, base, dtype, device, batching)
         limit, note = sweep.trial_memory_gib, ""
         if limit is not None and memory.gib > limit:
-            infeasible = least_gib(method, base, dtype, device, batching) > limit
-            note = f"over the limit of {limit:g} GiB{': infeasible' if infeasible else ''}; "
+            tokens = micro_tokens(method, base, dtype, device, batching, limit)
+            smaller = batching._replace(tokens_per_batch=tokens)
+            infeasible = least_gib(method, base, dtype, device, smaller) > limit
+            note = f"over the limit of {limit:g} GiB{', infeasible' if infeasible else ''}: "
             note += mend(method, base, dtype, device, batching, limit)
         time = "–"
         if rate and method.trains:
-            tokens = train_tokens * sweep.epochs / workers
-            time = f"{tokens * flops_per_token(method, base, batching) / rate / 60:.1f} min"
+            mine = train_tokens * sweep.epochs / workers
+            time = f"{mine * flops_per_token(method, base, batching) / rate / 60:.1f} min"
         where = f"Ray Train, {workers} worker(s)" if by_ray_train(method, experiment) else "inline"
         rows.append(Forecast(method.label, where, f"{memory.gib:.1f} GiB ({memory.parts})", time, note))
     return rows
