@@ -29,6 +29,16 @@ _METHODS = """## Methods
 An entry of `sweep.methods` names a method and sets its fields. Any field may be a value, a list (a grid), or
 a range that is drawn `sweep.samples` times: `{loguniform: [1e-5, 1e-3]}` or `{uniform: [0, 0.1]}`.
 """
+_SUPPORT = ("quantised base", "merges", "mixed batches", "engines", "replicas (DDP)", "parts (FSDP2)")
+_SUPPORT_WORDS = """### What each can do
+
+*Merges*: the adapter can go into the base's weights without a change of what the model says. *Mixed batches*:
+rows of one batch may take their own adapters in PEFT. *LoRA engines*: the files are plain LoRA, which vLLM
+takes; this project's own static engine serves every method. Each cell is declared by the method's class and
+tried by `tests/core/test_support.py`, on the CPU. `regraft check` refuses a sweep that asks for what a method
+does not do.
+
+"""
 
 
 def schema() -> str:
@@ -51,12 +61,34 @@ def markdown() -> str:
             doc = " ".join((nested.__doc__ or "").split())
             parts.append(f"### `sweep.{name}`\n\n{doc}\n\n{_table(nested)}")
     parts.append(_METHODS)
+    parts.append(_support())
     parts += [_variant(method) for method in METHOD_CLASSES]
     parts.append("## Metrics\n\nEntries of `evaluate.metrics`; the names they give are what `select` uses.\n")
     for metric in get_args(get_args(AnyMetric)[0]):
         gives = ", ".join(f"`{name}`" for name in metric.outputs)
         parts.append(f"- `{metric.model_fields['name'].default}` gives {gives}. {_first_line(metric)}")
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _support() -> str:
+    rows = ["| " + " | ".join(("method", *_SUPPORT)) + " |", "|---" * (len(_SUPPORT) + 1) + "|"]
+    for method in METHOD_CLASSES:
+        trains, support = method.kind != "control", method.support
+        adapter = method.kind == "adapter"
+        cells = [
+            "NF4" if method.quantised else "no",
+            _word(support.merges) if adapter else "–",
+            _word(support.mixes) if adapter else "–",
+            "static, LoRA engines" if support.plain_lora else "static",
+            _word(support.replicas) if trains else "–",
+            _word(support.shards) if trains else "–",
+        ]
+        rows.append(f"| `{method.model_fields['name'].default}` | " + " | ".join(cells) + " |")
+    return _SUPPORT_WORDS + "\n".join(rows) + "\n"
+
+
+def _word(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _variant(cls: type[BaseModel]) -> str:

@@ -22,7 +22,7 @@ from pydantic import (
 from regraft.errors import ConfigError
 from regraft.evals import AnyMetric, default_metrics
 from regraft.explain import did_you_mean, dotted, explain, explain_method, place
-from regraft.methods import Method
+from regraft.methods import METHODS_BY_NAME, Method
 from regraft.methods.base import DTypeName
 from regraft.methods.search import SearchError, expand
 from regraft.records import Cost, Speed, content_hash
@@ -166,6 +166,16 @@ class SweepSection(Section):
         if value and info.data.get("workers_per_trial") == 1:
             raise ValueError("needs sweep.workers_per_trial of 2 or more")
         return value
+
+    @model_validator(mode="after")
+    def _workers_are_supported(self) -> SweepSection:
+        if self.workers_per_trial > 1:
+            way, name = ("shards", "sweep.shard") if self.shard else ("replicas", "sweep.workers_per_trial")
+            for index, entry in enumerate(self.methods):
+                method = METHODS_BY_NAME[entry["name"]]
+                if method.kind != "control" and not getattr(method.support, way):
+                    raise ValueError(f"methods.{index}: {entry['name']} does not train with {name}")
+        return self
 
     def expanded(self) -> tuple[Method, ...]:
         """All methods to try, concrete, without repeats."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,6 +25,24 @@ Kind = Literal["control", "full", "adapter"]
 DTypeName = Literal["bfloat16", "float32"]
 
 
+class Support(NamedTuple):
+    """What can be done with a method beside training and answering; `tests/core/test_support.py` tries it.
+
+    Attributes:
+        merges: Its adapter goes into the base's weights without a change of what the model says.
+        mixes: Rows of one batch may each take their own adapter (PEFT's `adapter_names`).
+        plain_lora: Its files are LoRA's, which engines with LoRA kernels (vLLM) take.
+        replicas: It trains on several workers that hold a copy each (DDP).
+        shards: It trains with the weights split over several workers (FSDP2).
+    """
+
+    merges: bool = False
+    mixes: bool = False
+    plain_lora: bool = False
+    replicas: bool = True
+    shards: bool = True
+
+
 class Method(BaseModel):
     """One way of fine-tuning (or of not doing so). Subclasses add a `name` literal and their fields."""
 
@@ -32,6 +50,7 @@ class Method(BaseModel):
 
     kind: ClassVar[Kind] = "adapter"
     quantised: ClassVar[bool] = False
+    support: ClassVar[Support] = Support()
     #: Whether `release` gives the base back as it was before training.
     keeps_base: ClassVar[bool] = True
     #: Fields that make up the short label of a trial, in order.
@@ -105,6 +124,7 @@ class TunerMethod(Method):
     #: base's type; fitted to what `benchmarks/preflight.py` measures.
     kept_inputs: ClassVar[float] = 3.0
     kept_outputs: ClassVar[float] = 0.0
+    support: ClassVar[Support] = Support(merges=True)
 
     target_modules: str | tuple[str, ...] = Field(
         "all-linear", description="Names of the layers to adapt, or all-linear: all but the output."

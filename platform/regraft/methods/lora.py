@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from regraft.methods.base import TunerMethod
+from regraft.methods.base import Support, TunerMethod
 from regraft.methods.lora_fused import fuse
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class LoRA(TunerMethod):
 
     label_fields: ClassVar[tuple[str, ...]] = ("rank", "learning_rate")
     kept_inputs: ClassVar[float] = 2.0
+    support: ClassVar[Support] = Support(merges=True, mixes=True, plain_lora=True)
 
     name: Literal["lora"] = "lora"
     learning_rate: float = Field(5e-4, gt=0, le=1e-1)
@@ -69,6 +70,7 @@ class DoRA(LoRA):
 
     kept_inputs: ClassVar[float] = 3.0
     kept_outputs: ClassVar[float] = 5.0
+    support: ClassVar[Support] = Support(merges=True)
 
     name: Literal["dora"] = "dora"  # type: ignore[assignment]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from regraft.methods.base import DTypeName, load_causal_lm
+from regraft.methods.base import DTypeName, Support, load_causal_lm
 from regraft.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ class QLoRA(LoRA):
     """LoRA on an NF4 base with double quantisation, through bitsandbytes, on CUDA or CPU."""
 
     quantised: ClassVar[bool] = True
+    #: Merged into four bits, the weights would be rounded again.
+    support: ClassVar[Support] = Support(mixes=True, plain_lora=True)
 
     name: Literal["qlora"] = "qlora"  # type: ignore[assignment]
     double_quantisation: bool = Field(True, description="Quantise the quantisation constants too.")

@@ -1,0 +1,206 @@
+"""What each method declares that it can do is tried: merging, mixed batches, engines, several workers.
+
+A method that is added to the union is tried without an edit here, and the table in docs/methods.md is written
+from the declarations that hold.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from regraft.config import SweepSection
+from regraft.methods import METHOD_CLASSES, METHODS_BY_NAME, Method
+from regraft.methods.base import trainable_parameters
+from regraft.training.batches import IGNORED, Encoded
+from regraft.training.distributed import Workers, data_parallel
+from regraft.training.loop import LoopSettings, train
+
+if TYPE_CHECKING:
+    from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TRAINED = [c for c in METHOD_CLASSES if c().trains]
+ADAPTERS = [c for c in TRAINED if c.kind == "adapter"]
+PROMPTS = torch.tensor([[5, 9, 40, 77], [8, 200, 31, 6]])
+NAMED = {"ids": lambda c: c.__name__}
+
+
+def disturbed(kind: type[Method], folder: Path, seed: int) -> tuple[nn.Module, nn.Module]:
+    """The base and the method on it, fp32, with random weights so large that they show."""
+    method = plain(kind)
+    torch.manual_seed(seed)
+    base = method.load_base(folder, "float32", "cpu")
+    model = method.apply(base).eval()
+    with torch.no_grad():
+        for parameter in trainable_parameters(model):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return base, model
+
+
+def plain(kind: type[Method]) -> Method:
+    fields = kind.model_fields
+    return kind(**({"initial_text": None} if "initial_text" in fields else {}))  # type: ignore[call-arg]
+
+
+@torch.no_grad()
+def logits(model: Any, **more: Any) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=PROMPTS, attention_mask=torch.ones_like(PROMPTS), **more).logits
+    return found[:, -PROMPTS.shape[1] :]
+
+
+def merges(kind: type[Method], folder: Path) -> bool:
+    _, model = disturbed(kind, folder, 1)
+    before = logits(model)
+    try:
+        merged = model.merge_and_unload()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, ValueError):
+        return False
+    return torch.allclose(logits(merged), before, atol=1e-3)
+
+
+def mixes(kind: type[Method], folder: Path, scratch: Path) -> bool:
+    from peft import PeftModel
+
+    method = plain(kind)
+    for name, seed in (("one", 1), ("two", 2)):
+        _, model = disturbed(kind, folder, seed)
+        (scratch / name).mkdir()
+        method.save(model, scratch / name)
+    base = method.load_base(folder, "float32", "cpu")
+    apart = [logits(method.attach(copy.deepcopy(base), scratch / name)) for name in ("one", "two")]
+    model = PeftModel.from_pretrained(base, str(scratch / "one"), adapter_name="one")
+    try:
+        model.load_adapter(str(scratch / "two"), adapter_name="two")
+        both = logits(model.eval(), adapter_names=["one", "two"])
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        return False
+    wanted = torch.stack([apart[0][0], apart[1][1]])
+    assert not torch.allclose(apart[0], apart[1], atol=1e-3)  # or nothing is shown
+    return torch.allclose(both, wanted, atol=1e-3)
+
+
+def is_plain_lora(kind: type[Method], folder: Path, scratch: Path) -> bool:
+    """Whether the files are those that engines with LoRA kernels (vLLM) take."""
+    _, model = disturbed(kind, folder, 1)
+    plain(kind).save(model, scratch)
+    config = json.loads((scratch / "adapter_config.json").read_text())
+    return config["peft_type"] == "LORA" and not (
+        config["use_dora"] or config["modules_to_save"] or config["rank_pattern"] or config["bias"] != "none"
+    )
+
+
+@pytest.mark.parametrize("kind", ADAPTERS, **NAMED)
+def test_merging_gives_the_same_model_where_it_is_declared(kind: type[Method], tiny_model: Path) -> None:
+    # Merged into four bits, the weights are rounded again.
+    assert kind.support.merges == (merges(kind, tiny_model) and not kind.quantised)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS, **NAMED)
+def test_rows_of_one_batch_take_their_own_adapters_where_it_is_declared(
+    kind: type[Method], tiny_model: Path, tmp_path: Path
+) -> None:
+    assert kind.support.mixes == mixes(kind, tiny_model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS, **NAMED)
+def test_files_are_plain_lora_where_it_is_declared(
+    kind: type[Method], tiny_model: Path, tmp_path: Path
+) -> None:
+    assert kind.support.plain_lora == is_plain_lora(kind, tiny_model, tmp_path)
+
+
+# Several workers
+
+
+def rows() -> list[Encoded]:
+    draw = torch.Generator().manual_seed(0)
+    made = []
+    for length in (12, 14, 20, 16, 9, 11):
+        ids = tuple(torch.randint(3, 300, (length,), generator=draw).tolist())
+        made.append(Encoded(ids, (IGNORED,) * 4 + ids[4:]))
+    return made
+
+
+def curve(kind: type[Method], folder: Path, workers: Workers) -> list[float | None]:
+    method = plain(kind)
+    torch.manual_seed(0)
+    base = method.load_base(folder, "float32", "cpu")
+    model = method.apply(base)
+    settings = LoopSettings(method.learning_rate, epochs=3, tokens_per_batch=32, evaluations=3)
+    outcome = train(
+        model, base, rows(), rows(), settings, pad_id=0, device="cpu", report=lambda _: None, workers=workers
+    )
+    return [p.eval_loss for p in outcome.points]
+
+
+def work(rank: int, folder: Path, out: Path) -> None:
+    """What each of two processes does: every method as replicas, and in parts."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=2)
+    for kind in TRAINED:
+        for way in ("replicas", "shards"):
+            if not getattr(kind.support, way):
+                continue
+            found = curve(kind, folder, Workers(rank, 2, data_parallel, shard=way == "shards"))
+            if rank == 0:
+                (out / f"{plain(kind).name}-{way}").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("support")
+    code = "import sys; sys.path.insert(0, {!r}); import test_support as case; from pathlib import Path; "
+    code += "case.work({}, Path({!r}), Path({!r}))"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code.format(str(Path(__file__).parent), rank, str(tiny_model), str(out))],
+            stderr=(out / f"stderr-{rank}").open("w"),
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    try:
+        codes = [p.wait(timeout=300) for p in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert codes == [0, 0], (out / "stderr-0").read_text()[-3000:] + (out / "stderr-1").read_text()[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("kind", TRAINED, **NAMED)
+@pytest.mark.parametrize("way", ["replicas", "shards"])
+def test_two_workers_train_what_one_does_where_it_is_declared(
+    kind: type[Method], way: str, pair: Path, tiny_model: Path
+) -> None:
+    if not getattr(kind.support, way):
+        pytest.skip("declared not to")
+    one = curve(kind, tiny_model, Workers(requested=2))
+    two = json.loads((pair / f"{plain(kind).name}-{way}").read_text())
+    # Layers that are trained in parts travel in bf16.
+    assert two == pytest.approx(one, rel=0.01 if kind.kind == "full" else 1e-5)
+
+
+def test_a_sweep_that_asks_for_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"methods": [{"name": "zero_shot"}, {"name": "ia3"}], "workers_per_trial": 2}
+    for way, name in (("replicas", "workers_per_trial"), ("shards", "shard")):
+        asked = settings | {"shard": way == "shards"}
+        SweepSection.model_validate(asked)
+        kind = METHODS_BY_NAME["ia3"]
+        monkeypatch.setattr(kind, "support", kind.support._replace(**{way: False}))
+        with pytest.raises(ValidationError, match=rf"methods\.1: ia3 does not train with sweep\.{name}"):
+            SweepSection.model_validate(asked)
