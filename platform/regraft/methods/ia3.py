@@ -23,7 +23,7 @@ class IA3(TunerMethod):
     kept_inputs: ClassVar[float] = 1.5
 
     name: Literal["ia3"] = "ia3"
-    learning_rate: float = Field(5e-3, gt=0, le=1)
+    learning_rate: float = Field(5e-2, gt=0, le=1)
     target_modules: str | tuple[str, ...] = Field(
         ("k_proj", "v_proj", "down_proj"), description="Names of the layers to scale."
     )

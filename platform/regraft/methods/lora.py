@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class LoRA(TunerMethod):
     """Low-rank adapters on the linear layers.
 
-    The default rate is ten times what full fine-tuning wants, and all linear layers are adapted
-    ("LoRA Without Regret", Thinking Machines, 2025).
+    All linear layers are adapted, and the default rate is some ten times what full fine-tuning wants
+    ("LoRA Without Regret", Thinking Machines, 2025; `docs/training.md` has a search of every method's rate).
     """
 
     label_fields: ClassVar[tuple[str, ...]] = ("rank", "learning_rate")
@@ -26,7 +26,7 @@ class LoRA(TunerMethod):
     support: ClassVar[Support] = Support(merges=True, mixes=True, plain_lora=True)
 
     name: Literal["lora"] = "lora"
-    learning_rate: float = Field(5e-4, gt=0, le=1e-1)
+    learning_rate: float = Field(2e-3, gt=0, le=1e-1)
     rank: int = Field(8, ge=1, le=1024)
     alpha: int | None = Field(None, ge=1, description="Scale; twice the rank if not given.")
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import Field
+
 from regraft.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ class FromWeights(LoRA):
 
     keeps_base: ClassVar[bool] = False
     start: ClassVar[str]
+
+    learning_rate: float = Field(1e-3, gt=0, le=1e-1)
 
     def peft_config(self) -> LoraConfig:
         """LoRA's, with the starting pair taken from the weights."""

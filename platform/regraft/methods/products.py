@@ -17,7 +17,7 @@ class _Product(TunerMethod):
 
     label_fields: ClassVar[tuple[str, ...]] = ("rank", "learning_rate")
 
-    learning_rate: float = Field(2e-3, gt=0, le=1)
+    learning_rate: float = Field(1e-2, gt=0, le=1)
     rank: int = Field(8, ge=1, le=1024)
     alpha: int | None = Field(None, ge=1, description="Scale; the rank if not given.")
 

@@ -22,7 +22,7 @@ class PromptTuning(Method):
     label_fields: ClassVar[tuple[str, ...]] = ("virtual_tokens", "learning_rate")
 
     name: Literal["prompt_tuning"] = "prompt_tuning"
-    learning_rate: float = Field(1e-2, gt=0, le=10)
+    learning_rate: float = Field(1e-1, gt=0, le=10)
     virtual_tokens: int = Field(16, ge=1, le=512)
     initial_text: str | None = Field(
         "Answer the customer's question correctly and briefly.",
