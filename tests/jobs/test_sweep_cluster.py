@@ -91,33 +91,36 @@ def test_a_trial_that_cannot_fit_is_infeasible_with_its_reason_and_the_sweep_goe
     from regraft.tuning.sweep import run_sweep
 
     experiment = Experiment.load(tiny_experiment)
-    # The floor is 0.8 GiB for every trial; full fine-tuning alone needs 16 bytes a parameter beside it.
+    # A process alone is most of what a tiny model's trial needs; a rank far too high is what stands out.
     from regraft.models import resolve
     from regraft.training.memory import least_gib
+    from regraft.training.preflight import Batching
 
-    base = resolve(experiment.model.source).path
-    needs = {m.name: least_gib(m, base, experiment.model.dtype) for m in experiment.sweep.expanded()}
-    between = (needs["full"] + needs["lora"]) / 2
     sweep = experiment.sweep.model_copy(
-        update={
-            "methods": ({"name": "zero_shot"}, {"name": "lora", "rank": 2}, {"name": "full"}),
-            "ray_train": (),
-            "trial_memory_gib": between,
-        }
+        update={"methods": ({"name": "zero_shot"}, {"name": "lora", "rank": [2, 1024]}), "ray_train": ()}
     )
+    base = resolve(experiment.model.source).path
+    batching = Batching.of(sweep, experiment.evaluate)
+    assert batching.tokens_per_batch < batching.max_length, "a batch must not be cut into smaller ones"
+    small, large = (
+        least_gib(method, base, experiment.model.dtype, "cpu", batching)
+        for method in sweep.expanded()
+        if method.name == "lora"
+    )
+    sweep = sweep.model_copy(update={"trial_memory_gib": (small + large) / 2})
     experiment = experiment.model_copy(update={"sweep": sweep, "name": "tight"})
     dataset = load_dataset(experiment.name, experiment.data)
     plan, _, results = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lambda _: None
     )
-    by_name = {r.method["name"]: r for r in results}
-    assert by_name["full"].status == "infeasible"
-    assert "needs at least" in by_name["full"].reason
-    assert by_name["lora"].status == by_name["zero_shot"].status == "completed"
+    by_rank = {r.method.get("rank"): r for r in results}
+    assert by_rank[1024].status == "infeasible"
+    assert "needs at least" in by_rank[1024].reason
+    assert by_rank[2].status == by_rank[None].status == "completed"
     board = rank(
         results, sweep_id=plan.sweep_id, objective="rougeL", constraints=(), level=0.95, resamples=200
     )
-    row = next(r for r in board.rows if r.method["name"] == "full")
+    row = next(r for r in board.rows if r.method.get("rank") == 1024)
     assert row.rank is None
     assert "needs at least" in row.reason
 
