@@ -79,7 +79,8 @@ def _check_inputs(experiment: Experiment, dataset: DatasetVersion, base: Path) -
 
     Gives the tokens of the training set.
     """
-    from regraft.methods.base import TunerMethod, empty_causal_lm
+    from regraft.methods.base import empty_causal_lm
+    from regraft.methods.tuner import TunerMethod
     from regraft.models import embedding_rows, load_tokenizer
     from regraft.templates import writes_system
     from regraft.training.encoding import encode_evaluation, encode_train

@@ -227,14 +227,14 @@ def test_ranges_are_drawn_within_bounds_and_the_same_for_the_same_seed(write: Wr
 
 def test_samples_repeat_nothing_where_there_is_no_range(write: Write) -> None:
     assert load_lora(write, "{name: lora, rank: [4, 8]}", "\n  samples: 5") == [
-        "lora rank=4 lr=0.0005",
-        "lora rank=8 lr=0.0005",
+        "lora rank=4 lr=0.002",
+        "lora rank=8 lr=0.002",
     ]
 
 
 def test_method_listed_twice_is_tried_once(write: Write) -> None:
     twice = "{name: lora, rank: 8}\n    - {rank: [8, 16], name: lora}\n    - {name: lora}"
-    assert load_lora(write, twice) == ["lora rank=8 lr=0.0005", "lora rank=16 lr=0.0005"]
+    assert load_lora(write, twice) == ["lora rank=8 lr=0.002", "lora rank=16 lr=0.002"]
 
 
 def test_range_is_accepted_as_the_error_message_writes_it(write: Write) -> None:

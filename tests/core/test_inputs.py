@@ -19,7 +19,8 @@ from regraft.data.dataset import make_dataset
 from regraft.errors import DataError, InfeasibleTrialError, ModelError
 from regraft.evals.generation import generate
 from regraft.methods import IA3, METHOD_CLASSES, LoRA, parse_method
-from regraft.methods.base import TunerMethod, empty_causal_lm, trainable_parameters
+from regraft.methods.base import empty_causal_lm, trainable_parameters
+from regraft.methods.tuner import TunerMethod
 from regraft.models import embedding_rows, load_tokenizer, prompt_ids, resolve
 from regraft.records import Example, LossPoint, Message, TrialResult
 from regraft.training import encoding

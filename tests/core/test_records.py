@@ -40,7 +40,7 @@ TRIAL = TrialResult(
     sweep_id="s",
     run_id="r",
     label="lora rank=8",
-    method={"name": "lora", "rank": 8, "learning_rate": 2e-3, "alpha": None},
+    method={"name": "lora", "rank": 8, "learning_rate": 2e-3, "alpha": "double"},
     base_model="b",
     base_revision="v",
     dataset_id="d",

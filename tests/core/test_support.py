@@ -102,7 +102,7 @@ def is_plain_lora(kind: type[Method], folder: Path, scratch: Path) -> bool:
 @pytest.mark.parametrize("kind", ADAPTERS, **NAMED)
 def test_merging_gives_the_same_model_where_it_is_declared(kind: type[Method], tiny_model: Path) -> None:
     # Merged into four bits, the weights are rounded again.
-    assert kind.support.merges == (merges(kind, tiny_model) and not kind.quantised)
+    assert kind.support.merges == (merges(kind, tiny_model) and not kind().quantised)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS, **NAMED)

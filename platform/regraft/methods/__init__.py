@@ -10,6 +10,7 @@ from typing import Annotated, get_args
 
 from pydantic import Field, TypeAdapter
 
+from regraft.methods.adalora import AdaLoRA
 from regraft.methods.base import Method
 from regraft.methods.few_shot import FewShot
 from regraft.methods.full import Full
@@ -18,6 +19,7 @@ from regraft.methods.lora import DoRA, LoRA, RsLoRA
 from regraft.methods.lora_init import OLoRA, PiSSA
 from regraft.methods.oft import OFT
 from regraft.methods.p_tuning import PTuning
+from regraft.methods.prefix_tuning import PrefixTuning
 from regraft.methods.products import LoHa, LoKr
 from regraft.methods.prompt_tuning import PromptTuning
 from regraft.methods.qlora import QLoRA
@@ -33,6 +35,7 @@ AnyMethod = Annotated[
     | DoRA
     | PiSSA
     | OLoRA
+    | AdaLoRA
     | QLoRA
     | VeRA
     | OFT
@@ -40,7 +43,8 @@ AnyMethod = Annotated[
     | LoHa
     | LoKr
     | PromptTuning
-    | PTuning,
+    | PTuning
+    | PrefixTuning,
     Field(discriminator="name"),
 ]
 
@@ -66,6 +70,7 @@ __all__ = [
     "METHODS_BY_NAME",
     "METHOD_CLASSES",
     "OFT",
+    "AdaLoRA",
     "AnyMethod",
     "DoRA",
     "FewShot",
@@ -77,6 +82,7 @@ __all__ = [
     "OLoRA",
     "PTuning",
     "PiSSA",
+    "PrefixTuning",
     "PromptTuning",
     "QLoRA",
     "RsLoRA",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from regraft.errors import InfeasibleTrialError
-from regraft.methods.base import TunerMethod, require_layers
+from regraft.methods.tuner import TunerMethod, require_layers
 
 if TYPE_CHECKING:
     from peft import IA3Config

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from regraft.methods.base import Support, TunerMethod
+from regraft.methods.base import Support
+from regraft.methods.tuner import Alpha, TunerMethod, scale_of
 from regraft.methods.lora_fused import fuse
 
 if TYPE_CHECKING:
@@ -23,12 +24,12 @@ class LoRA(TunerMethod):
 
     label_fields: ClassVar[tuple[str, ...]] = ("rank", "learning_rate")
     kept_inputs: ClassVar[float] = 2.0
-    support: ClassVar[Support] = Support(merges=True, mixes=True, plain_lora=True)
+    support: ClassVar[Support] = Support(quantises=True, merges=True, mixes=True, plain_lora=True)
 
     name: Literal["lora"] = "lora"
     learning_rate: float = Field(2e-3, gt=0, le=1e-1)
     rank: int = Field(8, ge=1, le=1024)
-    alpha: int | None = Field(None, ge=1, description="Scale; twice the rank if not given.")
+    alpha: Alpha = Field("double", description="Scale: a number, `rank`, or `double`, twice the rank.")
     dropout: float = Field(0.0, ge=0, lt=1)
 
     def peft_config(self) -> LoraConfig:
@@ -37,7 +38,7 @@ class LoRA(TunerMethod):
 
         return LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha or 2 * self.rank,
+            lora_alpha=scale_of(self.alpha, self.rank),
             lora_dropout=self.dropout,
             target_modules=self.targets,
             task_type="CAUSAL_LM",
@@ -55,13 +56,12 @@ class RsLoRA(LoRA):
     """
 
     name: Literal["rslora"] = "rslora"  # type: ignore[assignment]
-    alpha: int | None = Field(None, ge=1, description="Scale; the rank if not given.")
+    alpha: Alpha = Field("rank", description="Scale: a number, `rank`, or `double`, twice the rank.")
 
     def peft_config(self) -> LoraConfig:
         """LoRA's, with the scale that does not fade with the rank."""
         config = super().peft_config()
         config.use_rslora = True
-        config.lora_alpha = self.alpha or self.rank
         return config
 
 
@@ -70,7 +70,7 @@ class DoRA(LoRA):
 
     kept_inputs: ClassVar[float] = 3.0
     kept_outputs: ClassVar[float] = 5.0
-    support: ClassVar[Support] = Support(merges=True)
+    support: ClassVar[Support] = Support(quantises=True, merges=True)
 
     name: Literal["dora"] = "dora"  # type: ignore[assignment]
 

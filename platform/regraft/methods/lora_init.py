@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from regraft.methods.base import Support
 from regraft.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class FromWeights(LoRA):
     """What both share. The base does not come back clean from them."""
 
     keeps_base: ClassVar[bool] = False
+    #: Taken out of four bits and put back, the weights would not be those the pair was taken from.
+    support: ClassVar[Support] = LoRA.support._replace(quantises=False)
     start: ClassVar[str]
 
     learning_rate: float = Field(1e-3, gt=0, le=1e-1)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from regraft.methods.base import TunerMethod
+from regraft.methods.tuner import TunerMethod
 
 if TYPE_CHECKING:
     from peft import OFTConfig

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from regraft.methods.base import Method, trainable_to_fp32
-from regraft.methods.prompt_tuning import release_prompt_model
+from regraft.methods.base import trainable_to_fp32
+from regraft.methods.soft_prompt import SoftPromptMethod
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class PTuning(Method):
+class PTuning(SoftPromptMethod):
     """Train an encoder that writes the virtual tokens; only what it writes is kept."""
-
-    label_fields: ClassVar[tuple[str, ...]] = ("virtual_tokens", "learning_rate")
 
     name: Literal["p_tuning"] = "p_tuning"
     learning_rate: float = Field(2e-3, gt=0, le=1)
-    virtual_tokens: int = Field(16, ge=1, le=512)
     encoder_hidden_size: int = Field(128, ge=1)
 
     def apply(self, base: nn.Module) -> nn.Module:
@@ -33,7 +30,3 @@ class PTuning(Method):
             task_type="CAUSAL_LM",
         )
         return trainable_to_fp32(get_peft_model(base, config))
-
-    def release(self, model: nn.Module) -> nn.Module | None:
-        """The base below the virtual tokens, untouched."""
-        return release_prompt_model(model)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from regraft.methods.base import TunerMethod
+from regraft.methods.tuner import Alpha, TunerMethod, scale_of
 
 if TYPE_CHECKING:
     from peft import LoHaConfig, LoKrConfig
@@ -19,13 +19,13 @@ class _Product(TunerMethod):
 
     learning_rate: float = Field(1e-2, gt=0, le=1)
     rank: int = Field(8, ge=1, le=1024)
-    alpha: int | None = Field(None, ge=1, description="Scale; the rank if not given.")
+    alpha: Alpha = Field("rank", description="Scale: a number, `rank`, or `double`, twice the rank.")
 
     @property
     def _factors(self) -> dict[str, Any]:
         return {
             "r": self.rank,
-            "alpha": self.alpha or self.rank,
+            "alpha": scale_of(self.alpha, self.rank),
             "target_modules": self.targets,
             "task_type": "CAUSAL_LM",
         }

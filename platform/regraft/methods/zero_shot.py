@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from regraft.methods.base import Kind, Method
+from regraft.methods.base import Kind, Support
+from regraft.methods.quantised import OnAnyBase
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class ZeroShot(Method):
+class ZeroShot(OnAnyBase):
     """The base model as it is. Every method has to beat it, or is shown not to."""
 
     kind: ClassVar[Kind] = "control"
+    support: ClassVar[Support] = Support(quantises=True)
     label_fields: ClassVar[tuple[str, ...]] = ()
 
     name: Literal["zero_shot"] = "zero_shot"

@@ -48,7 +48,7 @@ class BaseCache:
 
     @staticmethod
     def _key(method: Method, path: Path, dtype: str, device: str) -> tuple[str, ...]:
-        quantisation = repr(getattr(method, "double_quantisation", "")) if method.quantised else "none"
+        quantisation = str(getattr(method, "quantise", None))
         return (str(path), dtype, device, quantisation)
 
 

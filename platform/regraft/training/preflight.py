@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from regraft.config import EvaluateSection, SweepSection
 from regraft.methods import LoRA, Method
-from regraft.methods.base import DTypeName, TunerMethod, empty_causal_lm
+from regraft.methods.base import DTypeName, empty_causal_lm
 from regraft.methods.lora_init import FromWeights
+from regraft.methods.tuner import TunerMethod
 
 GIB = 2**30
 #: Logits held at once, and what they cost: a bf16 copy and fp32 shares (`kernels/cross_entropy.py`).
@@ -212,7 +213,7 @@ def _weights(method: Method, shape: Shape, value: int) -> float:
         return shape.parameters * value
     # NF4: four bits, and a constant for every 64 values in fp32, or quantised again: in 8 bits, with an fp32
     # one for 256 of them (QLoRA, section 3).
-    bits = 4 + (8 / 64 + 32 / 64 / 256 if getattr(method, "double_quantisation", True) else 32 / 64)
+    bits = 4 + (8 / 64 + 32 / 64 / 256 if getattr(method, "quantise", None) == "nf4_double" else 32 / 64)
     return shape.linear * bits / 8 + (shape.parameters - shape.linear) * value
 
 
