@@ -34,6 +34,7 @@ class Workload(NamedTuple):
     tokens_per_batch: int
     max_length: int
     device: str
+    packing: bool
 
     @classmethod
     def load(cls, settings: Any, make: Callable[..., list[Any]]) -> Workload:
@@ -48,7 +49,8 @@ class Workload(NamedTuple):
         rows = [encode(tokenizer, e, settings.max_length) for e in examples]
         method = parse_method(json.loads(settings.method))
         device = pick_device("auto")
-        return cls(model, method, tokenizer, rows, settings.tokens_per_batch, settings.max_length, device)
+        return cls(model, method, tokenizer, rows, settings.tokens_per_batch, settings.max_length, device,
+                   not settings.padded)
 
     @property
     def rows_per_batch(self) -> int:
@@ -74,7 +76,9 @@ def regraft(work: Workload, folder: Path) -> Run:
     base, model = work.prepared()
 
     def run(rows: Sequence[Encoded]) -> dict[str, Any]:
-        settings = LoopSettings(work.method.learning_rate, 1.0, work.tokens_per_batch, evaluations=1)
+        settings = LoopSettings(
+            work.method.learning_rate, 1.0, work.tokens_per_batch, evaluations=1, packing=work.packing
+        )
         # What a trial evaluates at its points is not training: one short row.
         held_out = [min(rows, key=lambda r: len(r.ids))]
         with counted(base) as tokens:
@@ -113,6 +117,24 @@ def trainer_default(work: Workload, folder: Path) -> Run:
     return _hugging_face(work, folder)
 
 
+def trainer_bucketed(work: Workload, folder: Path) -> Run:
+    """`transformers.Trainer` on Regraft's own batches, padded: of all its choices the one with least padding."""
+    from transformers import Trainer
+
+    base, model = work.prepared()
+    arguments = _arguments(folder, per_device_train_batch_size=1, learning_rate=work.method.learning_rate)
+
+    def run(rows: Sequence[Encoded]) -> dict[str, Any]:
+        groups = planned(rows, work)
+        with counted(base) as tokens:
+            Trainer(
+                model, arguments, data_collator=lambda batch: padded(batch[0]), train_dataset=groups
+            ).train()
+        return {"computed": sum(tokens)}
+
+    return run
+
+
 def trainer_parity(work: Workload, folder: Path) -> Run:
     """`transformers.Trainer` on Regraft's own batches, in their order, with its schedule of rates."""
     import torch
@@ -143,7 +165,7 @@ def trainer_parity(work: Workload, folder: Path) -> Run:
         InOrder(
             model,
             _arguments(folder, logging_steps=1, logging_strategy="steps", per_device_train_batch_size=1),
-            data_collator=lambda batch: collate(batch[0], 0)._asdict(),
+            data_collator=lambda batch: padded(batch[0]),
             train_dataset=groups,
             optimizers=(optimiser, schedule),
             callbacks=[Keep()],
@@ -181,6 +203,12 @@ def planned(rows: Sequence[Encoded], work: Workload) -> list[list[Encoded]]:
 
     settings = LoopSettings(work.method.learning_rate, 1.0, work.tokens_per_batch)
     return [step.groups[0] for step in _plan(rows, settings, Workers())]
+
+
+def padded(rows: Sequence[Encoded]) -> dict[str, Any]:
+    """A batch by the names that Trainer hands on."""
+    batch = collate(rows, 0)
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
 
 
 def _arguments(folder: Path, **changed: Any) -> Any:
@@ -251,5 +279,5 @@ def counted(base: Any) -> Any:
 
 CONTENDERS: dict[str, Callable[[Workload, Path], Run]] = {
     f.__name__: f
-    for f in (regraft, trainer, trl, trainer_default, trl_default, trl_packed, regraft_parity, trainer_parity)
+    for f in (regraft, trainer, trainer_bucketed, trl, trainer_default, trl_default, trl_packed, regraft_parity, trainer_parity)
 }

@@ -62,6 +62,7 @@ def main() -> None:
     words.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each contender")
     words.add_argument("--tokens-per-batch", type=int, default=1024)
     words.add_argument("--max-length", type=int, default=512)
+    words.add_argument("--padded", action="store_true", help="Regraft pads its batches instead of packing them")
     words.add_argument("--chats", type=int, help="conversations in a round")
     words.add_argument("--rounds", type=int, help="rounds of each contender")
     words.add_argument("--seed", type=int, default=0)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from regraft.training.kernels.attention import _function as attention
+from regraft.training.kernels.blocks import attend
 from regraft.training.kernels.cross_entropy import linear_cross_entropy
 from regraft.training.kernels.norm import _function as norm
 
@@ -35,9 +35,8 @@ def attention_case(rows: int, length: int) -> tuple[Form, Form, list[torch.Tenso
         k, v = (t[:, :, None].expand(rows, 3, 3, length, 64).reshape(rows, 9, length, 64) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    ours = attention()
     inputs = [2 * torch.randn(rows, length, heads, 64).transpose(1, 2) for heads in (9, 3, 3)]
-    return lambda *a: ours(*a, 64**-0.5), theirs, inputs
+    return lambda *a: attend(*a, 64**-0.5).transpose(1, 2), theirs, inputs
 
 
 def norm_case(positions: int) -> tuple[Form, Form, list[torch.Tensor]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.errors import InfeasibleTrialError
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100
+#: The most that a padded batch may take, of its budget.
+_PADDED = 1.25
 
 
 class Encoded(NamedTuple):
@@ -30,24 +32,45 @@ class Encoded(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Right-padded tensors of shape (rows, longest)."""
+    """Tensors of shape (rows, longest), padded on the right; or one row of several examples, one after another.
+
+    `lengths` are those of the examples that share a row, in order; empty where each has a row of its own.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    lengths: tuple[int, ...] = ()
 
     def to(self, device: str) -> Batch:
-        """The same batch on another device."""
-        return Batch(*(tensor.to(device) for tensor in self))
+        """The same batch on another device; on CUDA the host does not wait for the copy."""
+        if not device.startswith("cuda"):
+            return self
+        moved = (t.pin_memory().to(device, non_blocking=True) for t in self[:3])
+        return Batch(*moved, self.lengths)
 
     @property
-    def inputs(self) -> dict[str, torch.Tensor]:
+    def inputs(self) -> dict[str, Any]:
         """What a causal model is called with in training, without the mask.
 
         The padding is on the right and not supervised: no token that counts ever attends to it. Without a
-        mask the attention kernels take their fast, causal path.
+        mask the attention kernels take their fast, causal path. Where examples share a row, their positions
+        begin anew, and their bounds are given by the names that transformers hands on to attention kernels.
         """
-        return {"input_ids": self.input_ids, "labels": self.labels}
+        found: dict[str, Any] = {"input_ids": self.input_ids, "labels": self.labels}
+        if self.lengths:
+            import torch
+
+            where = self.input_ids.device
+            lengths = torch.tensor(self.lengths, device=where)
+            ends = lengths.cumsum(0)
+            positions = torch.arange(int(self.input_ids.shape[1]), device=where)
+            starts = (ends - lengths).repeat_interleave(lengths, output_size=self.input_ids.shape[1])
+            bounds = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
+            found |= {"position_ids": (positions - starts)[None]}
+            found |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            found |= {"max_length_q": max(self.lengths), "max_length_k": max(self.lengths)}
+        return found
 
 
 def require_supervised(rows: Sequence[Encoded], purpose: str) -> None:
@@ -66,33 +89,50 @@ def require_supervised(rows: Sequence[Encoded], purpose: str) -> None:
 def bucket(
     examples: Sequence[Encoded], tokens_per_batch: int, *, rng: random.Random | None
 ) -> list[list[Encoded]]:
-    """Group examples of like length, at most `tokens_per_batch` padded tokens a group.
+    """Group examples of like length, at most `tokens_per_batch` tokens a group.
 
-    With `rng`, lengths are jittered and the groups shuffled, so that no two epochs see the same batches.
+    Padding does not count, so that a step is the same examples whether they share a row or are padded; it may
+    take up a quarter of the budget more, no further. With `rng`, lengths are jittered and the groups shuffled, so
+    that no two epochs see the same batches. An example longer than the budget stands alone.
     """
     by_length = sorted(
         examples, key=lambda e: len(e.ids) * (rng.uniform(0.9, 1.1) if rng else 1.0), reverse=True
     )
     groups: list[list[Encoded]] = []
-    longest = 0
+    longest = held = 0
     for example in by_length:
-        widest = max(longest, len(example.ids))
-        if groups and (len(groups[-1]) + 1) * widest <= tokens_per_batch:
+        widest, tokens = max(longest, len(example.ids)), held + len(example.ids)
+        if (
+            groups
+            and tokens <= tokens_per_batch
+            and (len(groups[-1]) + 1) * widest <= _PADDED * tokens_per_batch
+        ):
             groups[-1].append(example)
-            longest = widest
+            longest, held = widest, tokens
         else:
             groups.append([example])
-            longest = len(example.ids)
+            longest = held = len(example.ids)
     if rng:
         rng.shuffle(groups)
     return groups
 
 
 def split(group: Sequence[Encoded], most_tokens: int) -> list[list[Encoded]]:
-    """Cut a group into pieces of at most `most_tokens` padded tokens, or of one row; 0 leaves it whole."""
-    rows = most_tokens // max(len(e.ids) for e in group) if most_tokens else len(group)
-    rows = max(1, rows)
-    return [list(group[start : start + rows]) for start in range(0, len(group), rows)]
+    """Cut a group into pieces of at most `most_tokens` tokens, or of one example; 0 leaves it whole."""
+    return bucket(group, most_tokens, rng=None) if most_tokens else [list(group)]
+
+
+def pack(group: Sequence[Encoded]) -> Batch:
+    """Put a group into one row without padding, the longest examples first.
+
+    No example is asked to say how the next one begins: the first token of each is not supervised.
+    """
+    import torch
+
+    in_order = sorted(group, key=lambda e: len(e.ids), reverse=True)
+    ids = torch.tensor([token for e in in_order for token in e.ids])
+    labels = torch.tensor([label for e in in_order for label in (IGNORED, *e.labels[1:])])
+    return Batch(ids[None], torch.ones_like(ids)[None], labels[None], tuple(len(e.ids) for e in in_order))
 
 
 def collate(group: Sequence[Encoded], pad_id: int) -> Batch:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.errors import ServiceError
+from regraft.methods.hooks import StepHooks
 from regraft.records import LossPoint
 from regraft.training.distributed import Workers
 from regraft.training.sharding import load_parts, save_part
@@ -69,7 +70,13 @@ class Checkpoints:
         mine = self._workers.rank == 0 and time.monotonic() - self._last >= least
         return bool(self._workers.total(mine)) if self._workers.shard else mine
 
-    def save(self, model: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        progress: Progress,
+        hooks: StepHooks = StepHooks(),  # noqa: B008
+    ) -> None:
         """Replace the last checkpoint; a crash in between leaves the old one, or the new one."""
         import torch
         from safetensors.torch import save_file
@@ -87,6 +94,8 @@ class Checkpoints:
             save_file(weights, self._part / "weights.safetensors")
             torch.save(optimiser.state_dict(), self._part / "optimiser.pt")
         if workers.rank == 0:
+            if state := hooks.state():
+                save_file({k: v.contiguous() for k, v in state.items()}, self._part / "method.safetensors")
             self._put_in_place(progress)
         self._last = time.monotonic()
         self._took = self._last - began
@@ -101,7 +110,12 @@ class Checkpoints:
         shutil.rmtree(self._old, ignore_errors=True)
 
     def restore(
-        self, model: nn.Module, optimiser: torch.optim.Optimizer, total: int, device: str
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        total: int,
+        device: str,
+        hooks: StepHooks = StepHooks(),  # noqa: B008
     ) -> Progress | None:
         """Put model and optimiser where the last checkpoint left them; None if there is none that fits.
 
@@ -112,11 +126,12 @@ class Checkpoints:
             optimiser: Over the same parameters in the same order.
             total: Steps of the whole run; a checkpoint of another plan is not used.
             device: Where the model is.
+            hooks: What the method does in the loop; takes back what it knew.
 
         Raises:
             ServiceError: If the workers do not find the same.
         """
-        found = self._restore(model, optimiser, total, device)
+        found = self._restore(model, optimiser, total, device, hooks)
         step = found.step if found else 0
         # Nobody goes on, and replaces what another still reads, before all have read.
         if self._workers.total(step) != step * self._workers.size:
@@ -127,7 +142,7 @@ class Checkpoints:
         return found
 
     def _restore(
-        self, model: nn.Module, optimiser: torch.optim.Optimizer, total: int, device: str
+        self, model: nn.Module, optimiser: torch.optim.Optimizer, total: int, device: str, hooks: StepHooks
     ) -> Progress | None:
         import torch
         from safetensors.torch import load_file
@@ -153,6 +168,8 @@ class Checkpoints:
             # weights_only: a checkpoint runs no code, whoever wrote it.
             state = torch.load(folder / "optimiser.pt", map_location=device, weights_only=True)
             optimiser.load_state_dict(state)
+        if (folder / "method.safetensors").exists():
+            hooks.restore(load_file(folder / "method.safetensors", device=device))
         points = tuple(LossPoint.model_validate(p) for p in counters.pop("points"))
         return Progress(**counters, points=points)
 

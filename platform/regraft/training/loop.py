@@ -8,18 +8,21 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.methods.base import trainable_parameters
+from regraft.methods.hooks import StepHooks
 from regraft.records import LossPoint
-from regraft.training.batches import Batch, Encoded, bucket, collate, require_supervised, split
+from regraft.training.batches import Batch, Encoded, bucket, collate, pack, require_supervised, split
 from regraft.training.checkpoints import Checkpoints, Progress
 from regraft.training.distributed import Workers
 from regraft.training.divergence import DivergenceWatch
 from regraft.training.kernels import fast_kernels
 from regraft.training.loss import own_forward, supervised_positions_only
+from regraft.training.memory import freed_memory_kept
+from regraft.training.packing import require_packable
 from regraft.training.sharding import gather, is_sharded, shard
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ class LoopSettings(NamedTuple):
     weight_decay: float = 0.0
     gradient_checkpointing: bool = False
     micro_tokens: int = 0  #: Most that pass through at once; a batch is cut, its step stays the same.
+    packing: bool = False  #: Whether the examples of a batch share one row, without padding.
+    compile: bool = False  #: Whether the decoder's layers are compiled (torch.compile).
 
 
 class Step(NamedTuple):
@@ -81,6 +86,7 @@ def train(
     workers: Workers = Workers(),  # noqa: B008
     checkpoints: Checkpoints | None = None,
     probe: Probe | None = None,
+    hooks: StepHooks = StepHooks(),  # noqa: B008
 ) -> Outcome:
     """Train the parameters that require gradients.
 
@@ -101,23 +107,27 @@ def train(
             before a crash is reported again.
         probe: Scores the model at each evaluation, in evaluation mode; its time is not counted, and other
             workers wait for it.
+        hooks: What the method does beside taking gradients.
 
     Raises:
         InfeasibleTrialError: If the run diverges, or there is nothing to train or evaluate on.
     """
     import torch
 
-    shard(model, base, device, workers)  # before anything holds on to a parameter
-    parameters = trainable_parameters(model)
     require_supervised(train_set, "train")
     require_supervised(evaluation_set, "evaluate")
+    if settings.packing:
+        require_packable(base, train_set, device)
+    shard(model, base, device, workers)  # before anything holds on to a parameter
+    parameters = trainable_parameters(model)
     plan = _plan(train_set, settings, workers)
     total = len(plan)
-    optimiser = _optimiser(parameters, settings, device)
+    hooks.begin(total)
+    optimiser = _optimiser(parameters, settings, hooks)
     marks = {round(total * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     points: list[LossPoint] = []
     seen, since_loss, since_tokens, started, paused = 0, 0.0, 0, time.monotonic(), 0.0
-    done = checkpoints.restore(model, optimiser, total, device) if checkpoints else None
+    done = checkpoints.restore(model, optimiser, total, device, hooks) if checkpoints else None
     first = 1 + (done.step if done else 0)
     if done is not None:
         seen, since_loss, since_tokens = done.tokens_seen, done.loss_sum, done.loss_tokens
@@ -129,8 +139,10 @@ def train(
     precision = autocast(model, device)
     with (
         supervised_positions_only(base),
-        fast_kernels(base, device),
+        fast_kernels(base, device, packed=settings.packing),
         checkpointing(base, settings.gradient_checkpointing),
+        compiled(base, settings.compile),
+        freed_memory_kept(device),
     ):
         wrapped = model if workers.shard else workers.wrap(model)
         for step, (groups, token_sum, tokens) in enumerate(plan[first - 1 :], start=first):
@@ -142,16 +154,18 @@ def train(
             # Random numbers follow from the step and the micro-batch's place in it: neither from when it was
             # reached, nor from who works on it.
             first_seed = settings.seed * 2**40 + step * 2**16 + workers.rank
+            batches = ((pack(g) if settings.packing else collate(g, pad_id)).to(device) for g in groups)
             # Gradients are averaged over workers; the division is by the tokens of all of them.
-            batches = [collate(group, pad_id).to(device) for group in groups]
             loss_here = _gradients(
-                wrapped, batches, precision, workers.size / token_sum, range(first_seed, 2**63, workers.size)
-            )
+                wrapped, batches, len(groups), precision, workers.size / token_sum,
+                range(first_seed, 2**63, workers.size), hooks,
+            )  # fmt: skip
             workers.average_gradients([p for p in parameters if not is_sharded(p)])
             loss_sum = workers.total(loss_here)
             watch.see(step, loss_sum / token_sum)
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
             optimiser.step()
+            hooks.after_step(step)
             optimiser.zero_grad(set_to_none=True)
             seen += tokens
             since_loss, since_tokens = since_loss + loss_sum, since_tokens + token_sum
@@ -180,7 +194,7 @@ def train(
             if checkpoints and step < total and checkpoints.due:
                 seconds = time.monotonic() - started - paused
                 counters = (step, total, seen, since_loss, since_tokens, seconds, tuple(points), watch.first)
-                checkpoints.save(model, optimiser, Progress(*counters))
+                checkpoints.save(model, optimiser, Progress(*counters), hooks)
     gather(model, keep=workers.rank == 0)
     return Outcome(tuple(points), seen, time.monotonic() - started - paused)
 
@@ -264,8 +278,25 @@ def checkpointing(base: Any, wanted: bool) -> Iterator[None]:
         base.disable_input_require_grads()
 
 
-def _optimiser(parameters: list[Any], settings: LoopSettings, device: str) -> torch.optim.Optimizer:
-    """AdamW; weight decay spares vectors, which are norms, biases and scales."""
+@contextmanager
+def compiled(base: Any, wanted: bool) -> Iterator[None]:
+    """Compile the base's decoder layers while open, one program for all of them, whatever the lengths."""
+    if not wanted:
+        yield
+        return
+    names = set(getattr(base, "_no_split_modules", None) or ())
+    layers = [module for module in base.modules() if type(module).__name__ in names]
+    for layer in layers:
+        layer.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+def _optimiser(parameters: list[Any], settings: LoopSettings, hooks: StepHooks) -> torch.optim.Optimizer:
+    """The method's own, or AdamW; weight decay spares vectors, which are norms, biases and scales."""
     import torch
 
     groups = [
@@ -273,7 +304,8 @@ def _optimiser(parameters: list[Any], settings: LoopSettings, device: str) -> to
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     kept = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(kept, lr=settings.learning_rate, fused=device.startswith("cuda") or None)
+    chosen = hooks.optimiser(kept, settings.learning_rate)
+    return chosen or torch.optim.AdamW(kept, lr=settings.learning_rate, fused=True)
 
 
 def _vocabulary(base: Any) -> int:
@@ -286,21 +318,32 @@ def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 
 
 def _gradients(
-    wrapped: Any, batches: Sequence[Batch], precision: Any, weight: float, seeds: Sequence[int]
+    wrapped: Any,
+    batches: Iterable[Batch],
+    count: int,
+    precision: Any,
+    weight: float,
+    seeds: Sequence[int],
+    hooks: StepHooks,
 ) -> float:
-    """Add up a step's gradients over its micro-batches, of the loss times `weight`; gives the summed loss."""
+    """Add up a step's gradients over its micro-batches, of the loss times `weight`; gives the summed loss.
+
+    The device is asked for the loss once a step.
+    """
     import torch
 
-    total = 0.0
+    total: Any = 0.0
     for place, batch in enumerate(batches, start=1):
         torch.manual_seed(seeds[place - 1] % 2**63)
+        last = place == count
         # Workers exchange gradients once a step: with the last micro-batch.
-        with _no_exchange(wrapped, place < len(batches)):
+        with _no_exchange(wrapped, not last):
             with precision:
                 loss = wrapped(**batch.inputs).loss
-            (loss * weight).backward()
-        total += float(loss.detach())
-    return total
+            extra = hooks.penalty() if last else None
+            (loss * weight if extra is None else loss * weight + extra).backward()
+        total += loss.detach()
+    return float(total)
 
 
 def _no_exchange(wrapped: Any, wanted: bool) -> Any:

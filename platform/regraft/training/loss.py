@@ -6,6 +6,7 @@ product of a small model and most of its activation memory.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,8 @@ def supervised_positions_only(base: nn.Module) -> Iterator[None]:
         loss = F.cross_entropy(logits.float(), targets[keep], reduction="sum")
         return CausalLMOutputWithPast(loss=loss)
 
+    # PEFT and `generate` read from the signature what may be handed over.
+    forward.__signature__ = inspect.signature(type(base).forward)  # type: ignore[attr-defined]
     base.forward = types.MethodType(forward, base)
     try:
         yield

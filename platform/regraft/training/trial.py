@@ -243,6 +243,7 @@ class _Attempt:
                 model, base, rows, held_out, self._loop_settings(method, micro),
                 pad_id=pad_id, device=self.device, report=self._on_point, workers=self.workers,
                 checkpoints=self.checkpoints, probe=self._probe(model, tokenizer, examples),
+                hooks=method.hooks(model),
             )  # fmt: skip
         else:
             with supervised_positions_only(base):

@@ -1,0 +1,77 @@
+"""Whether examples may share a row: asked of the model itself, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from regraft.errors import InfeasibleTrialError
+from regraft.training.batches import IGNORED, Encoded, pack
+from regraft.training.kernels import fast_kernels
+
+#: Largest difference of the hidden states, relative to their size. bf16 kernels differ by one to two hundredths;
+#: a model that sees into the next example differs by its whole size.
+_TOLERANCE = 0.1
+_SHORT = 24
+
+
+def require_packable(base: Any, examples: Sequence[Encoded], device: str) -> None:
+    """Refuse rows of several examples for a model that sees from one into another.
+
+    A row of three pieces of different lengths has to give what each piece gives by itself, under the model's own
+    attention. Models whose layers carry a state along, or that do not take positions, do not pass.
+
+    Args:
+        base: The transformers model, before it is sharded.
+        examples: Where the pieces are cut from.
+        device: Where the model computes.
+
+    Raises:
+        InfeasibleTrialError: If the model does not take such a row, or gives something else for it.
+    """
+    import torch
+
+    window = _window(base.config)
+    longest = max(len(e.ids) for e in examples)
+    if window is not None and longest > window:
+        raise InfeasibleTrialError(
+            f"packing: this model attends within {window} tokens, and an example has {longest}",
+            "set sweep.packing to false, or sweep.max_length to no more than the window",
+        )
+    source = [token for e in examples[:8] for token in e.ids] * 3
+    cuts = [source[start : start + length] for start, length in ((0, _SHORT), (7, _SHORT - 5), (3, _SHORT // 2))]
+    rows = [Encoded(tuple(ids), (IGNORED,) * len(ids)) for ids in cuts]
+    where = next(base.parameters()).device
+    body, was_training = base.get_decoder(), base.training
+    base.eval()
+    batch = pack(rows)
+    inputs = {k: v.to(where) if hasattr(v, "to") else v for k, v in batch.inputs.items() if k != "labels"}
+    try:
+        with torch.no_grad():
+            apart = [
+                body(input_ids=torch.tensor([list(r.ids)], device=where), use_cache=False).last_hidden_state[0]
+                for r in sorted(rows, key=lambda r: -len(r.ids))
+            ]
+            with fast_kernels(base, device, packed=True):
+                together = body(**inputs, use_cache=False).last_hidden_state[0]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InfeasibleTrialError(
+            f"packing: this model does not take rows of several examples: {str(error).splitlines()[0]}",
+            "set sweep.packing to false",
+        ) from error
+    finally:
+        base.train(was_training)
+    alone = torch.cat(apart).float()
+    off = float((together.float() - alone).norm() / alone.norm())
+    if not off < _TOLERANCE:
+        raise InfeasibleTrialError(
+            f"packing: this model gives other results for examples that share a row (off by {off:.0%})",
+            "set sweep.packing to false",
+        )
+
+
+def _window(config: Any) -> int | None:
+    text = config.get_text_config()
+    found = getattr(text, "sliding_window", None)
+    used = getattr(text, "use_sliding_window", True)
+    return int(found) if found and used else None
