@@ -128,7 +128,7 @@ def trainer_bucketed(work: Workload, folder: Path) -> Run:
         groups = planned(rows, work)
         with counted(base) as tokens:
             Trainer(
-                model, arguments, data_collator=lambda batch: padded(batch[0]), train_dataset=groups
+                model, arguments, data_collator=lambda batch: collate(batch[0], 0).masked, train_dataset=groups
             ).train()
         return {"computed": sum(tokens)}
 
@@ -165,7 +165,7 @@ def trainer_parity(work: Workload, folder: Path) -> Run:
         InOrder(
             model,
             _arguments(folder, logging_steps=1, logging_strategy="steps", per_device_train_batch_size=1),
-            data_collator=lambda batch: padded(batch[0]),
+            data_collator=lambda batch: collate(batch[0], 0).masked,
             train_dataset=groups,
             optimizers=(optimiser, schedule),
             callbacks=[Keep()],
@@ -203,12 +203,6 @@ def planned(rows: Sequence[Encoded], work: Workload) -> list[list[Encoded]]:
 
     settings = LoopSettings(work.method.learning_rate, 1.0, work.tokens_per_batch)
     return [step.groups[0] for step in _plan(rows, settings, Workers())]
-
-
-def padded(rows: Sequence[Encoded]) -> dict[str, Any]:
-    """A batch by the names that Trainer hands on."""
-    batch = collate(rows, 0)
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
 
 
 def _arguments(folder: Path, **changed: Any) -> Any:

@@ -93,7 +93,7 @@ class SweepSection(Section):
 
     methods: tuple[dict[str, Any], ...] = Field(min_length=1)
     epochs: float = Field(2.0, gt=0)
-    tokens_per_batch: int = Field(1024, ge=16, description="Tokens of a micro-batch, padding included.")
+    tokens_per_batch: int = Field(1024, ge=16, description="Tokens of a micro-batch, without padding.")
     max_length: int = Field(512, ge=16, description="Tokens of one example.")
     too_long: TooLong = Field(
         "refuse",
@@ -109,6 +109,14 @@ class SweepSection(Section):
     )
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices alone.")
+    packing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Let the examples of a micro-batch share one row, without padding and without seeing each "
+        "other; auto: where method and model can.",
+    )
+    compile: bool = Field(
+        False, description="Compile the decoder's layers (torch.compile): minutes at the start of each process."
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="Compute activations again in the backward pass: less memory, about a third slower.",
@@ -168,13 +176,22 @@ class SweepSection(Section):
         return value
 
     @model_validator(mode="after")
-    def _workers_are_supported(self) -> SweepSection:
-        if self.workers_per_trial > 1:
-            way, name = ("shards", "sweep.shard") if self.shard else ("replicas", "sweep.workers_per_trial")
-            for index, entry in enumerate(self.methods):
-                method = METHODS_BY_NAME[entry["name"]]
-                if method.kind != "control" and not getattr(method.support, way):
-                    raise ValueError(f"methods.{index}: {entry['name']} does not train with {name}")
+    def _methods_support_it(self) -> SweepSection:
+        workers = "shards" if self.shard else "replicas"
+        asked = {
+            workers: (self.workers_per_trial > 1, "shard" if self.shard else "workers_per_trial"),
+            "packs": (self.packing is True, "packing"),
+            "recomputes": (self.gradient_checkpointing, "gradient_checkpointing"),
+        }
+        for index, entry in enumerate(self.methods):
+            names = entry.get("name")
+            for name in names if isinstance(names, list) else [names]:
+                method = METHODS_BY_NAME.get(str(name))
+                if method is None or method.kind == "control":
+                    continue
+                for way, (wanted, field) in asked.items():
+                    if wanted and not getattr(method.support, way):
+                        raise ValueError(f"methods.{index}: {name} does not train with sweep.{field}")
         return self
 
     def expanded(self) -> tuple[Method, ...]:

@@ -177,13 +177,11 @@ class StaticEngine(Engine):
         self._base = base_of(model)
         self._model: Any = model
         self._soft_prompt = soft_prompt(model)
-        #: Where PEFT places the virtual tokens itself, only prompts of one length may share a batch.
-        self._same_length = self._soft_prompt is not None and self._soft_prompt.embeddings is None
         self._config = _greedy(self._base.generation_config, tokenizer)
         eos = self._config.eos_token_id
         self._eos = frozenset([eos] if isinstance(eos, int) else eos or [])
-        virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
-        self.context_length = int(getattr(self._base.config, "max_position_embeddings", 4096)) - int(virtual)
+        virtual = self._soft_prompt.virtual_tokens if self._soft_prompt else 0
+        self.context_length = int(getattr(self._base.config, "max_position_embeddings", 4096)) - virtual
         self._hook = self._base.get_output_embeddings().register_forward_pre_hook(make_contiguous)
         self._worker = threading.Thread(target=self._work, name="regraft-engine", daemon=True)
         self._worker.start()
@@ -251,12 +249,8 @@ class StaticEngine(Engine):
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 # Requests of one burst arrive one by one: a moment's patience saves the others a whole batch.
                 self._changed.wait_for(self._full, timeout=self._limits.gather_seconds)
-                fitting = list(self._waiting)
-                if self._same_length and fitting:
-                    length = len(fitting[0].request.prompt_ids)
-                    fitting = [row for row in fitting if len(row.request.prompt_ids) == length]
-                if fitting and not self._closed:
-                    self._running = fitting[: self._limits.max_batch]
+                if self._waiting and not self._closed:
+                    self._running = list(self._waiting)[: self._limits.max_batch]
                     for row in self._running:
                         self._waiting.remove(row)
                     return self._running

@@ -30,7 +30,7 @@ from regraft.training.candidate import BaseCache, score
 from regraft.training.divergence import DivergenceWatch
 from regraft.training.encoding import Limits, encode, encode_all, evenly
 from regraft.training.loop import LoopSettings, train
-from regraft.training.loss import own_forward, supervised_positions_only
+from regraft.training.loss import supervised_positions_only
 from regraft.training.trial import TrialSpec, run_trial
 
 if TYPE_CHECKING:
@@ -482,10 +482,8 @@ def test_answers_on_the_way_know_the_positions_of_padded_rows(
 
     wanted = answers()
     with supervised_positions_only(base):
-        with own_forward(base):
-            assert answers() == wanted
         assert "forward" in vars(base)
-        assert answers() != wanted  # or `own_forward` is not needed any more
+        assert answers() == wanted
 
 
 def test_time_for_answers_is_not_time_of_training(

@@ -54,7 +54,7 @@ def distance(found: list[torch.Tensor], right: list[torch.Tensor]) -> float:
 def test_padding_on_the_right_needs_no_mask(tiny_model: Path, batch: Batch) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
     with supervised_positions_only(base):
-        masked = loss_and_gradients(base, batch._asdict())
+        masked = loss_and_gradients(base, batch.masked)
         free = loss_and_gradients(base, batch.inputs)
     assert free[0] == pytest.approx(masked[0], rel=1e-6)
     assert distance(free[1], masked[1]) < 1e-5
@@ -79,7 +79,7 @@ def test_gradients_are_as_near_the_exact_ones_as_the_libraries_own(
             loss, ours = loss_and_gradients(model, batch.inputs)
         for module in model.modules():
             vars(module).pop("forward", None) if module is not base else None
-        loss_of_theirs, theirs = loss_and_gradients(model, batch._asdict())
+        loss_of_theirs, theirs = loss_and_gradients(model, batch.masked)
     if method.quantised:  # bitsandbytes has no fp64
         assert loss == pytest.approx(loss_of_theirs, rel=2e-3)
         assert distance(ours, theirs) < 0.03
@@ -88,7 +88,7 @@ def test_gradients_are_as_near_the_exact_ones_as_the_libraries_own(
     exact = exact_model if exact_model.__class__ is type(base) else exact_model.get_base_model()
     exact.config.dtype = torch.float64
     with supervised_positions_only(exact):
-        exact_loss, right = loss_and_gradients(exact_model, batch._asdict())
+        exact_loss, right = loss_and_gradients(exact_model, batch.masked)
     assert loss == pytest.approx(exact_loss, rel=3e-3)
     assert distance(ours, right) < max(0.03, 2 * distance(theirs, right))
 

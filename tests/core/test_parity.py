@@ -61,7 +61,7 @@ def trainer_run(model: Any, groups: list[list[list[Encoded]]], rate: float, fold
         remove_unused_columns=False, use_cpu=True,
     )  # fmt: skip
     InOrder(
-        model, arguments, data_collator=lambda batch: collate(batch[0], 0)._asdict(), train_dataset=flat,
+        model, arguments, data_collator=lambda batch: collate(batch[0], 0).masked, train_dataset=flat,
         optimizers=(optimiser, schedule), callbacks=[Keep()],
     ).train()  # fmt: skip
     return losses

@@ -1,7 +1,8 @@
-"""What each method declares that it can do is tried: merging, mixed batches, engines, several workers.
+"""What each method declares that it can do is tried: bases in four bits, merging, mixed batches, engines, packed
+rows, activations computed again, several workers.
 
-A method that is added to the union is tried without an edit here, and the table in docs/methods.md is written
-from the declarations that hold.
+A method that is added to the union is tried without an edit here, and the table in docs/configuration.md is
+written from the declarations that hold.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import torch
 from pydantic import ValidationError
 
 from regraft.config import SweepSection
-from regraft.methods import METHOD_CLASSES, METHODS_BY_NAME, Method
+from regraft.methods import METHOD_CLASSES, METHODS_BY_NAME, Method, parse_method
 from regraft.methods.base import trainable_parameters
-from regraft.training.batches import IGNORED, Encoded
+from regraft.training.batches import IGNORED, Encoded, collate, pack
 from regraft.training.distributed import Workers, data_parallel
-from regraft.training.loop import LoopSettings, train
+from regraft.training.kernels import fast_kernels
+from regraft.training.loop import LoopSettings, checkpointing, train
+from regraft.training.loss import supervised_positions_only
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +59,58 @@ def plain(kind: type[Method]) -> Method:
 def logits(model: Any, **more: Any) -> torch.Tensor:
     found: torch.Tensor = model(input_ids=PROMPTS, attention_mask=torch.ones_like(PROMPTS), **more).logits
     return found[:, -PROMPTS.shape[1] :]
+
+
+def quantises(kind: type[Method], folder: Path) -> bool:
+    """Whether loss and gradients on an NF4 base are those on the same values held in full."""
+    found = []
+    for in_full in (False, True):
+        # A copy is not validated: also what is declared not to work is tried.
+        method = plain(kind).model_copy(update={"quantise": "nf4"})
+        base: Any = method.load_base(folder, "float32", "cpu")
+        if in_full:
+            base = base.dequantize().requires_grad_(False)
+            method = method.model_copy(update={"quantise": None})
+        torch.manual_seed(0)
+        try:
+            model = method.apply(base).train()
+            with torch.no_grad():
+                for parameter in trainable_parameters(model):
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+            loss = model(input_ids=PROMPTS, labels=PROMPTS).loss
+            loss.backward()
+        except (TypeError, RuntimeError):
+            return False
+        found.append([loss.detach(), *(p.grad for p in trainable_parameters(model))])
+    apart = [float((a - b).norm() / b.norm().clamp(min=1e-9)) for a, b in zip(*found, strict=True)]
+    return max(apart) < 1e-4
+
+
+def packs(kind: type[Method], folder: Path) -> bool:
+    """Whether a row of two examples gives the loss of each by itself."""
+    base, model = disturbed(kind, folder, 1)
+    model.train()
+    losses = []
+    with torch.no_grad(), supervised_positions_only(base):
+        for batches in ([pack(rows()[:2])], [collate([r], 0) for r in rows()[:2]]):
+            with fast_kernels(base, "cpu", packed=len(batches) == 1):
+                losses.append(sum(float(model(**b.inputs).loss) for b in batches))
+    return losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def recomputes(kind: type[Method], folder: Path) -> bool:
+    """Whether checkpointed activations give the same gradients."""
+    found = []
+    for again in (False, True):
+        base, model = disturbed(kind, folder, 1)
+        model.train()
+        with supervised_positions_only(base), checkpointing(base, again):
+            try:
+                model(**collate(rows(), 0).inputs).loss.backward()
+            except (ValueError, RuntimeError):
+                return False
+        found.append([p.grad for p in trainable_parameters(model)])
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*found, strict=True))
 
 
 def merges(kind: type[Method], folder: Path) -> bool:
@@ -97,6 +152,23 @@ def is_plain_lora(kind: type[Method], folder: Path, scratch: Path) -> bool:
     return config["peft_type"] == "LORA" and not (
         config["use_dora"] or config["modules_to_save"] or config["rank_pattern"] or config["bias"] != "none"
     )
+
+
+@pytest.mark.parametrize("kind", ADAPTERS, **NAMED)
+def test_a_base_in_four_bits_trains_as_one_in_full_where_it_is_declared(
+    kind: type[Method], tiny_model: Path
+) -> None:
+    assert kind.support.quantises == quantises(kind, tiny_model)
+
+
+@pytest.mark.parametrize("kind", TRAINED, **NAMED)
+def test_examples_share_a_row_where_it_is_declared(kind: type[Method], tiny_model: Path) -> None:
+    assert kind.support.packs == packs(kind, tiny_model)
+
+
+@pytest.mark.parametrize("kind", TRAINED, **NAMED)
+def test_activations_are_computed_again_where_it_is_declared(kind: type[Method], tiny_model: Path) -> None:
+    assert kind.support.recomputes == recomputes(kind, tiny_model)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS, **NAMED)
@@ -195,12 +267,33 @@ def test_two_workers_train_what_one_does_where_it_is_declared(
     assert two == pytest.approx(one, rel=0.01 if kind.kind == "full" else 1e-5)
 
 
-def test_a_sweep_that_asks_for_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings: dict[str, Any] = {"methods": [{"name": "zero_shot"}, {"name": "ia3"}], "workers_per_trial": 2}
-    for way, name in (("replicas", "workers_per_trial"), ("shards", "shard")):
-        asked = settings | {"shard": way == "shards"}
+ASKED: dict[str, dict[str, Any]] = {
+    "replicas": {"workers_per_trial": 2},
+    "shards": {"workers_per_trial": 2, "shard": True},
+    "packs": {"packing": True},
+    "recomputes": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("way", ASKED)
+@pytest.mark.parametrize("name", ["ia3", ["lora", "ia3"]], ids=["name", "list"])
+def test_a_sweep_that_asks_for_more_is_refused(
+    way: str, name: str | list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"methods": [{"name": "zero_shot"}, {"name": name}]} | ASKED[way]
+    SweepSection.model_validate(asked)
+    kind = METHODS_BY_NAME["ia3"]
+    monkeypatch.setattr(kind, "support", kind.support._replace(**{way: False}))
+    field = list(ASKED[way])[-1]
+    with pytest.raises(ValidationError, match=rf"methods\.1: ia3 does not train with sweep\.{field}"):
         SweepSection.model_validate(asked)
-        kind = METHODS_BY_NAME["ia3"]
-        monkeypatch.setattr(kind, "support", kind.support._replace(**{way: False}))
-        with pytest.raises(ValidationError, match=rf"methods\.1: ia3 does not train with sweep\.{name}"):
-            SweepSection.model_validate(asked)
+
+
+def test_a_method_that_does_not_train_right_in_four_bits_is_refused() -> None:
+    for kind in ADAPTERS:
+        settings = {"name": plain(kind).name, "quantise": "nf4"}
+        if kind.support.quantises:
+            assert parse_method(settings).quantised
+        else:
+            with pytest.raises(ValidationError, match="does not train on a quantised base"):
+                parse_method(settings)

@@ -210,11 +210,11 @@ def test_loss_at_supervised_positions_has_the_value_and_gradient_of_the_full_one
     if special_head:
         base.config.logit_scale = 0.5  # the Llama ignores it; the loss must then use the model's own logits
     batch = collate(rows, 0)
-    full = model(**batch._asdict()).loss * sum(row.supervised for row in rows)
+    full = model(**batch.masked).loss * sum(row.supervised for row in rows)
     full.backward()
     expected = gradients(model)
     with supervised_positions_only(base):
-        loss = model(**batch._asdict()).loss
+        loss = model(**batch.masked).loss
         loss.backward()
     torch.testing.assert_close(loss, full, rtol=1e-5, atol=1e-5)
     for got, want in zip(gradients(model), expected, strict=True):
@@ -225,10 +225,10 @@ def test_model_is_itself_again_after_the_loss(tiny_model: Path, rows: list[Encod
     base, model = prepared(tiny_model, "lora")
     batch = collate(rows, 0)
     with torch.no_grad():
-        before = model(**batch._asdict())
+        before = model(**batch.masked)
         with pytest.raises(RuntimeError, match="stop"), supervised_positions_only(base):
             raise RuntimeError("stop")
-        after = model(**batch._asdict())
+        after = model(**batch.masked)
     assert torch.equal(before.logits, after.logits)
     assert torch.equal(before.loss, after.loss)
 
@@ -243,7 +243,7 @@ def test_loss_of_a_token_does_not_depend_on_how_rows_are_batched(
             for budget in (1, 100, 10_000)
         ]
         one_by_one = [
-            float(model(**collate([row], 0)._asdict()).loss.detach()) for row in rows
+            float(model(**collate([row], 0).masked).loss.detach()) for row in rows
         ]  # fmt: skip
     mean = sum(one_by_one) / sum(row.supervised for row in rows)
     assert found == pytest.approx([mean] * 3, rel=1e-5)

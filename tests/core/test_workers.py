@@ -20,15 +20,16 @@ from regraft.training.checkpoints import Checkpoints
 from regraft.training.distributed import Workers, data_parallel
 from regraft.training.encoding import encode
 from regraft.training.loop import LoopSettings, _plan, train
+from regraft.training.storage import Versions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {
     "lora": {"name": "lora", "rank": 4, "dropout": 0.2, "learning_rate": 5e-3},
     "full": {"name": "full", "learning_rate": 1e-3},
-    "pissa": {"name": "pissa", "rank": 4},
-    "qlora": {"name": "qlora", "rank": 4},
+    "pissa": {"name": "pissa", "rank": 4, "learning_rate": 5e-4},
+    "qlora": {"name": "qlora", "rank": 4, "learning_rate": 5e-4},
     "p_tuning": {"name": "p_tuning", "virtual_tokens": 4, "encoder_hidden_size": 16},
-    "dora": {"name": "dora", "rank": 4},
+    "dora": {"name": "dora", "rank": 4, "learning_rate": 5e-4},
 }
 SETTINGS = LoopSettings(5e-3, epochs=4, tokens_per_batch=40, evaluations=3)
 CHATS = [
@@ -89,7 +90,7 @@ def run(model_folder, out, name, key, workers, *, stop_at=None, of=None, **chang
     points, kept = [], out / f"{name}-{key}"
     checkpoints = None
     if stop_at or of:
-        checkpoints = Noting(out / "checkpoints" / f"{of or name}-{key}", 0, workers)
+        checkpoints = Noting(Versions(str(out / "checkpoints" / f"{of or name}-{key}")), 0, workers)
 
     def report(point):
         points.append(point)

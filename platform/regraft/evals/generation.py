@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-#: Prompt-learning kinds whose virtual tokens are plain input embeddings.
-_SOFT_PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING"})
-
-
 def make_contiguous(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """A forward pre-hook for the output embeddings.
 
@@ -50,13 +46,15 @@ def base_of(model: Any) -> Any:
 
 
 class SoftPrompt(NamedTuple):
-    """What a prompt-learning adapter puts before the text.
+    """What a prompt-learning adapter puts before the text: embeddings, or keys and values of every layer.
 
-    `embeddings` has the shape (virtual tokens, hidden size), or is None where it is not plain embeddings;
-    then PEFT has to do it, and is right only as long as nothing is padded.
+    `embeddings` has the shape (virtual tokens, hidden size), or is None; then `cache` makes the keys and values
+    for a number of rows.
     """
 
+    virtual_tokens: int
     embeddings: torch.Tensor | None
+    cache: Callable[[int], Any]
 
 
 def soft_prompt(model: Any) -> SoftPrompt | None:
@@ -66,19 +64,24 @@ def soft_prompt(model: Any) -> SoftPrompt | None:
     config = getattr(model, "active_peft_config", None)
     if config is None or not config.is_prompt_learning:
         return None
-    if config.peft_type not in _SOFT_PROMPTS:
-        return SoftPrompt(None)
-    with torch.inference_mode():
-        return SoftPrompt(model.get_prompt(batch_size=1)[0].to(base_of(model).dtype))
+
+    def prompt(rows: int) -> Any:
+        with torch.inference_mode():
+            return model.get_prompt(batch_size=rows)
+
+    embeddings = None if config.peft_type == "PREFIX_TUNING" else prompt(1)[0].to(base_of(model).dtype)
+    return SoftPrompt(config.num_virtual_tokens, embeddings, prompt)
 
 
 def padded_inputs(
     model: Any, prompts: Sequence[Sequence[int]], pad_id: int, soft: SoftPrompt | None
-) -> tuple[Callable[..., torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[Callable[..., torch.Tensor], dict[str, Any]]:
     """The function to call, and a left-padded batch for it.
 
     PEFT puts virtual tokens before the padding and drops the positions, so that in a padded batch they are
-    further from the text than they were in training. Here the padding comes first and the base is asked.
+    further from the text than they were in training. Here positions follow from the mask and the base is
+    asked: embeddings stand between padding and text; keys and values have no place of their own, and go before
+    the padding, where `generate` wants them, with token ids in their place that it passes over.
 
     Args:
         model: A transformers or PEFT model.
@@ -89,23 +92,25 @@ def padded_inputs(
     import torch
 
     base = base_of(model)
-    embeddings = soft.embeddings if soft else None
-    virtual = 0 if embeddings is None else len(embeddings)
+    virtual = soft.virtual_tokens if soft else 0
     longest = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), longest), pad_id)
+    ids = torch.full((len(prompts), virtual + longest), pad_id)
     mask = torch.zeros((len(prompts), virtual + longest), dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, longest - len(prompt) :] = 1
+        ids[row, virtual + longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, virtual + longest - len(prompt) :] = 1
     ids, mask = ids.to(base.device), mask.to(base.device)
-    if embeddings is None:
+    if soft is None:
         return model.generate, {"input_ids": ids, "attention_mask": mask}
-    text = base.get_input_embeddings()(ids)
-    embeds = text.new_zeros((len(prompts), virtual + longest, text.shape[-1]))
-    embeds[:, virtual:] = text
+    if soft.embeddings is None:
+        mask[:, :virtual] = 1
+        cache = soft.cache(len(prompts))
+        return base.generate, {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+    embeds = base.get_input_embeddings()(ids)
     for row, prompt in enumerate(prompts):
         padding = longest - len(prompt)
-        embeds[row, padding : padding + virtual] = embeddings
+        embeds[row, padding : padding + virtual] = soft.embeddings
+        mask[row, padding:] = 1
     return base.generate, {"inputs_embeds": embeds, "attention_mask": mask}
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from regraft.errors import InfeasibleTrialError
+from regraft.methods.base import Support
 from regraft.methods.tuner import TunerMethod, require_layers
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class IA3(TunerMethod):
     """
 
     kept_inputs: ClassVar[float] = 1.5
+    support: ClassVar[Support] = Support(quantises=True, merges=True)
 
     name: Literal["ia3"] = "ia3"
     learning_rate: float = Field(5e-2, gt=0, le=1)

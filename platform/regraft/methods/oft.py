@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from regraft.methods.base import Support
 from regraft.methods.tuner import TunerMethod
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ class OFT(TunerMethod):
     label_fields: ClassVar[tuple[str, ...]] = ("block_size", "learning_rate")
 
     kept_inputs: ClassVar[float] = 5.0
+    support: ClassVar[Support] = Support(quantises=True, merges=True)
 
     name: Literal["oft"] = "oft"
     learning_rate: float = Field(5e-4, gt=0, le=1)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from regraft.methods.base import Support
 from regraft.methods.tuner import TunerMethod
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ class VeRA(TunerMethod):
     label_fields: ClassVar[tuple[str, ...]] = ("rank", "learning_rate")
 
     kept_outputs: ClassVar[float] = 1.4
+    support: ClassVar[Support] = Support(quantises=True, merges=True)
 
     name: Literal["vera"] = "vera"
     learning_rate: float = Field(5e-2, gt=0, le=1)

@@ -50,6 +50,11 @@ class Batch(NamedTuple):
         return Batch(*moved, self.lengths)
 
     @property
+    def masked(self) -> dict[str, torch.Tensor]:
+        """What any causal model is called with, the mask included."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "labels": self.labels}
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """What a causal model is called with in training, without the mask.
 

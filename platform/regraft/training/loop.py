@@ -20,7 +20,7 @@ from regraft.training.checkpoints import Checkpoints, Progress
 from regraft.training.distributed import Workers
 from regraft.training.divergence import DivergenceWatch
 from regraft.training.kernels import fast_kernels
-from regraft.training.loss import own_forward, supervised_positions_only
+from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import freed_memory_kept
 from regraft.training.packing import require_packable
 from regraft.training.sharding import gather, is_sharded, shard
@@ -185,7 +185,7 @@ def train(
                     train_loss=since_loss / since_tokens,
                     eval_loss=held_out,
                     learning_rate=rate,
-                    scores=_scores(probe, base, model, device) if probe else {},
+                    scores=_scores(probe, model, device) if probe else {},
                 )
                 since_loss, since_tokens = 0.0, 0
                 points.append(point)
@@ -199,9 +199,9 @@ def train(
     return Outcome(tuple(points), seen, time.monotonic() - started - paused)
 
 
-def _scores(probe: Probe, base: nn.Module, model: nn.Module, device: str) -> dict[str, float]:
+def _scores(probe: Probe, model: nn.Module, device: str) -> dict[str, float]:
     model.eval()
-    with own_forward(base), autocast(model, device):
+    with autocast(model, device):
         return probe()
 
 

@@ -69,16 +69,3 @@ def supervised_positions_only(base: nn.Module) -> Iterator[None]:
         yield
     finally:
         del base.forward  # the class's own shows again
-
-
-@contextmanager
-def own_forward(base: nn.Module) -> Iterator[None]:
-    """While open, a base inside `supervised_positions_only` has its own `forward` back.
-
-    `generate` reads the signature of `forward` for what to hand over, positions of padded rows among it.
-    """
-    patched = vars(base).pop("forward")
-    try:
-        yield
-    finally:
-        base.forward = patched

@@ -13,6 +13,7 @@ from regraft.training.kernels import fast_kernels
 #: a model that sees into the next example differs by its whole size.
 _TOLERANCE = 0.1
 _SHORT = 24
+_FOUND: dict[tuple[str, str, str], str | None] = {}
 
 
 def require_packable(base: Any, examples: Sequence[Encoded], device: str) -> None:
@@ -29,8 +30,6 @@ def require_packable(base: Any, examples: Sequence[Encoded], device: str) -> Non
     Raises:
         InfeasibleTrialError: If the model does not take such a row, or gives something else for it.
     """
-    import torch
-
     window = _window(base.config)
     longest = max(len(e.ids) for e in examples)
     if window is not None and longest > window:
@@ -38,36 +37,41 @@ def require_packable(base: Any, examples: Sequence[Encoded], device: str) -> Non
             f"packing: this model attends within {window} tokens, and an example has {longest}",
             "set sweep.packing to false, or sweep.max_length to no more than the window",
         )
-    source = [token for e in examples[:8] for token in e.ids] * 3
-    cuts = [source[start : start + length] for start, length in ((0, _SHORT), (7, _SHORT - 5), (3, _SHORT // 2))]
-    rows = [Encoded(tuple(ids), (IGNORED,) * len(ids)) for ids in cuts]
+    # Of the kind of model, not of its weights: asked once a process.
+    kind = (type(base).__qualname__, base.config.to_json_string(), device)
+    if kind not in _FOUND:
+        _FOUND[kind] = _problem(base, [token for e in examples[:8] for token in e.ids], device)
+    if problem := _FOUND[kind]:
+        raise InfeasibleTrialError(f"packing: {problem}", "set sweep.packing to false")
+
+
+def _problem(base: Any, source: list[int], device: str) -> str | None:
+    """What is wrong with rows of several examples for this model; None if nothing is."""
+    import torch
+
+    cuts = [(source * _SHORT)[start : start + n] for start, n in ((0, _SHORT), (7, _SHORT - 5), (3, _SHORT // 2))]
+    rows = [Encoded(tuple(ids), (IGNORED,) * len(ids)) for ids in cuts]  # from the longest to the shortest
     where = next(base.parameters()).device
     body, was_training = base.get_decoder(), base.training
+    inputs = {k: v.to(where) if hasattr(v, "to") else v for k, v in pack(rows).inputs.items() if k != "labels"}
     base.eval()
-    batch = pack(rows)
-    inputs = {k: v.to(where) if hasattr(v, "to") else v for k, v in batch.inputs.items() if k != "labels"}
     try:
         with torch.no_grad():
             apart = [
                 body(input_ids=torch.tensor([list(r.ids)], device=where), use_cache=False).last_hidden_state[0]
-                for r in sorted(rows, key=lambda r: -len(r.ids))
+                for r in rows
             ]
             with fast_kernels(base, device, packed=True):
                 together = body(**inputs, use_cache=False).last_hidden_state[0]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InfeasibleTrialError(
-            f"packing: this model does not take rows of several examples: {str(error).splitlines()[0]}",
-            "set sweep.packing to false",
-        ) from error
+        return f"this model does not take rows of several examples: {str(error).splitlines()[0]}"
     finally:
         base.train(was_training)
     alone = torch.cat(apart).float()
     off = float((together.float() - alone).norm() / alone.norm())
-    if not off < _TOLERANCE:
-        raise InfeasibleTrialError(
-            f"packing: this model gives other results for examples that share a row (off by {off:.0%})",
-            "set sweep.packing to false",
-        )
+    if off < _TOLERANCE:
+        return None
+    return f"this model gives other results for examples that share a row (off by {off:.0%})"
 
 
 def _window(config: Any) -> int | None:

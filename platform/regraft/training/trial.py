@@ -33,18 +33,19 @@ from regraft.tracking.runs import Tracker
 from regraft.tracking.trials import TrialRun
 from regraft.training.batches import Encoded
 from regraft.training.candidate import BaseCache, score, speed
-from regraft.training.checkpoints import Checkpoints, checkpoint_folder
+from regraft.training.checkpoints import Checkpoints, versions_of
 from regraft.training.distributed import Workers
 from regraft.training.encoding import Encodings, encode_evaluation, encode_train, evenly
 from regraft.training.loop import LoopSettings, Outcome, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import device_gib, peak_gib, require_memory, reset_peak
+from regraft.training.packing import require_packable
 from regraft.training.preflight import Batching, micro_tokens
 
 _log = logging.getLogger(__name__)
 
 #: Raised whenever a change to training or evaluation makes earlier trials incomparable.
-TRIAL_VERSION = 3
+TRIAL_VERSION = 4
 
 STOPPED_REASON = "stopped early: others did better at the same point"
 
@@ -85,6 +86,7 @@ class TrialSpec(Record):
             "accumulate",
             "schedule",
             "weight_decay",
+            "packing",
         }
         decisive |= {"workers_per_trial", "evaluations", "loss_examples"}
         if self.sweep.shard:  # layers travel in bf16
@@ -208,8 +210,8 @@ class _Attempt:
         self.cost = Cost()
         self.data: dict[str, int] = {}
         self.device = pick_device(spec.model.device)
-        folder = checkpoint_folder(spec.storage, spec.key)
-        self.checkpoints = Checkpoints(folder, spec.sweep.checkpoint_seconds, workers) if folder else None
+        kept = versions_of(spec.storage, spec.key)
+        self.checkpoints = Checkpoints(kept, spec.sweep.checkpoint_seconds, workers) if kept else None
 
     def go(self) -> TrialResult:
         """Train and score."""
@@ -239,8 +241,9 @@ class _Attempt:
         pad_id = int(tokenizer.pad_token_id)
         if method.trains:
             rows = self._counted("train", encode_train(tokenizer, self.dataset, spec.sweep, known))
+            packing = self._packing(method, base, rows)
             outcome = train(
-                model, base, rows, held_out, self._loop_settings(method, micro),
+                model, base, rows, held_out, self._loop_settings(method, micro, packing),
                 pad_id=pad_id, device=self.device, report=self._on_point, workers=self.workers,
                 checkpoints=self.checkpoints, probe=self._probe(model, tokenizer, examples),
                 hooks=method.hooks(model),
@@ -355,10 +358,25 @@ class _Attempt:
 
         return probe
 
-    def _loop_settings(self, method: Method, micro: int) -> LoopSettings:
+    def _packing(self, method: Method, base: Any, rows: Sequence[Encoded]) -> bool:
+        """Whether examples share rows: as asked, or where method and model can."""
+        wanted = self.spec.sweep.packing
+        if wanted == "auto":
+            wanted = method.support.packs
+            try:
+                if wanted:
+                    require_packable(base, rows, self.device)
+            except InfeasibleTrialError as error:
+                _log.info("batches are padded: %s", error.problem)
+                wanted = False
+        self.data["packed"] = int(wanted)
+        return wanted
+
+    def _loop_settings(self, method: Method, micro: int, packing: bool) -> LoopSettings:
         sweep = self.spec.sweep
         of_the_sweep = sweep.model_dump(include=set(LoopSettings._fields))  # they bear the same names
-        return LoopSettings(learning_rate=method.learning_rate, micro_tokens=micro, **of_the_sweep)
+        own = {"learning_rate": method.learning_rate, "micro_tokens": micro, "packing": packing}
+        return LoopSettings(**(of_the_sweep | own))
 
     def _on_point(self, point: LossPoint) -> None:
         self.points.append(point)

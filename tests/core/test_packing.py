@@ -1,0 +1,169 @@
+"""Examples that share a row: each sees itself alone, and training computes what it would for padded rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from regraft.errors import InfeasibleTrialError
+from regraft.methods import METHOD_CLASSES, LoRA, Method
+from regraft.methods.base import trainable_parameters
+from regraft.training.batches import IGNORED, Encoded, collate, pack
+from regraft.training.kernels import fast_kernels
+from regraft.training.loop import LoopSettings, train
+from regraft.training.loss import supervised_positions_only
+from regraft.training.packing import require_packable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PACKING = [c for c in METHOD_CLASSES if c.kind != "control" and c.support.packs]
+
+
+def row(length: int, seed: int, prompt: int = 3) -> Encoded:
+    draw = torch.Generator().manual_seed(seed)
+    ids = tuple(torch.randint(3, 300, (length,), generator=draw).tolist())
+    return Encoded(ids, (IGNORED,) * prompt + ids[prompt:])
+
+
+#: Of several groups of like length, one of them longer than a block of queries.
+ROWS = [row(n, n) for n in (150, 140, 40, 31, 12, 7)]
+
+
+def states(base: Any, inputs: dict[str, Any], device: str = "cpu", *, packed: bool = True) -> torch.Tensor:
+    body_inputs = {k: v for k, v in inputs.items() if k != "labels"}
+    with torch.no_grad(), fast_kernels(base, device, packed=packed):
+        found: torch.Tensor = base.get_decoder()(**body_inputs, use_cache=False).last_hidden_state
+    return found
+
+
+def loss_and_gradients(
+    model: nn.Module, base: nn.Module, batches: list[dict[str, Any]], *, packed: bool
+) -> tuple[float, list[torch.Tensor]]:
+    total = 0.0
+    with supervised_positions_only(base), fast_kernels(base, "cpu", packed=packed):
+        for inputs in batches:
+            loss = model(**inputs).loss
+            loss.backward()
+            total += float(loss.detach())
+    found = [p.grad.clone() for p in trainable_parameters(model) if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return total, found
+
+
+@pytest.mark.parametrize("kind", PACKING, ids=lambda c: c.__name__)
+def test_a_packed_row_gives_the_gradients_of_its_examples_one_by_one(
+    kind: type[Method], tiny_model: Path
+) -> None:
+    method = kind()
+    base = method.load_base(tiny_model, "float32", "cpu")
+    torch.manual_seed(0)
+    model = method.apply(base).train()
+    alone = [collate([r], 0).inputs for r in ROWS]
+    right = loss_and_gradients(model, base, alone, packed=False)
+    loss, found = loss_and_gradients(model, base, [pack(ROWS).inputs], packed=True)
+    assert loss == pytest.approx(right[0], rel=1e-5)
+    for mine, theirs in zip(found, right[1], strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_the_cpu_kernel_gives_the_gradients_of_the_examples_one_by_one(tiny_model: Path) -> None:
+    """In bf16, where the kernel works: as near as padded rows are to rows one by one."""
+    base = LoRA().load_base(tiny_model, "bfloat16", "cpu")
+    torch.manual_seed(0)
+    model = LoRA().apply(base).train()
+    right = loss_and_gradients(model, base, [collate([r], 0).inputs for r in ROWS], packed=False)
+    found = loss_and_gradients(model, base, [pack(ROWS).inputs], packed=True)
+    assert found[0] == pytest.approx(right[0], rel=2e-3)
+    for mine, theirs in zip(found[1], right[1], strict=True):
+        assert float((mine - theirs).norm()) <= 0.03 * float(theirs.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_of_one_example_reaches_another(tiny_model: Path, dtype: torch.dtype) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype).eval()
+    changed = [*ROWS[:2], row(40, 99), *ROWS[3:]]
+    before, after = (states(base, pack(rows).inputs)[0] for rows in (ROWS, changed))
+    start, end = 290, 330
+    assert torch.equal(before[:start], after[:start])
+    assert torch.equal(before[end:], after[end:])
+    assert not torch.allclose(before[start:end], after[start:end], atol=0.1)
+
+
+def test_learnt_positions_begin_anew_with_each_example() -> None:
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_positions=512, n_embd=32, n_layer=1, n_head=2, initializer_range=0.5)
+    ).eval()
+    together = states(base, pack(ROWS).inputs)[0]
+    alone = torch.cat([states(base, collate([r], 0).inputs, packed=False)[0] for r in ROWS])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_a_packed_run_trains_what_a_padded_one_does(tiny_model: Path) -> None:
+    curves = []
+    for packing in (False, True):
+        base = LoRA().load_base(tiny_model, "float32", "cpu")
+        torch.manual_seed(0)
+        model = LoRA().apply(base)
+        settings = LoopSettings(5e-3, 4, 200, evaluations=4, packing=packing)
+        done = train(
+            model, base, ROWS, ROWS[3:], settings, pad_id=0, device="cpu", report=lambda _: None
+        )
+        curves.append([(p.step, p.tokens_seen, p.train_loss, p.eval_loss) for p in done.points])
+    for packed, padded in zip(*curves, strict=True):
+        assert packed == pytest.approx(padded, rel=1e-4)
+
+
+def test_the_first_token_of_an_example_is_not_asked_of_the_one_before() -> None:
+    batch = pack([Encoded((5, 6, 7), (5, 6, 7)), Encoded((8, 9), (8, 9))])
+    assert batch.labels.tolist() == [[IGNORED, 6, 7, IGNORED, 9]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.inputs["cu_seq_lens_q"].tolist() == [0, 3, 5]
+
+
+def test_a_model_that_carries_a_state_along_is_refused() -> None:
+    torch.manual_seed(0)
+    base = MambaForCausalLM(
+        MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=8, initializer_range=0.5)
+    )
+    with pytest.raises(InfeasibleTrialError, match="packing: this model (gives other results|does not take)"):
+        require_packable(base, ROWS, "cpu")
+
+
+def mistral(window: int) -> Any:
+    torch.manual_seed(0)
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, sliding_window=window,
+        )
+    ).bfloat16()  # fmt: skip
+
+
+def test_a_window_shorter_than_an_example_is_refused_and_a_longer_one_is_not() -> None:
+    with pytest.raises(InfeasibleTrialError, match="attends within 100 tokens, and an example has 150"):
+        require_packable(mistral(100), ROWS, "cpu")
+    require_packable(mistral(150), ROWS, "cpu")
+
+
+def test_a_window_counts_in_padded_rows(tiny_model: Path) -> None:
+    base = mistral(20).eval()
+    plain = base.get_decoder()(input_ids=torch.tensor([ROWS[0].ids]), use_cache=False).last_hidden_state
+    found = states(base, collate(ROWS[:1], 0).inputs, packed=False)
+    assert torch.allclose(found, plain, atol=0.05)
+    whole = states(mistral(200).eval(), collate(ROWS[:1], 0).inputs, packed=False)
+    assert not torch.allclose(whole, plain, atol=0.05)
