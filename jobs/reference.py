@@ -29,14 +29,25 @@ _METHODS = """## Methods
 An entry of `sweep.methods` names a method and sets its fields. Any field may be a value, a list (a grid), or
 a range that is drawn `sweep.samples` times: `{loguniform: [1e-5, 1e-3]}` or `{uniform: [0, 0.1]}`.
 """
-_SUPPORT = ("quantised base", "merges", "mixed batches", "engines", "replicas (DDP)", "parts (FSDP2)")
+_SUPPORT = (
+    "quantised base",
+    "merges",
+    "mixed batches",
+    "engines",
+    "replicas (DDP)",
+    "parts (FSDP2)",
+    "packed rows",
+    "checkpointed activations",
+)
 _SUPPORT_WORDS = """### What each can do
 
-*Merges*: the adapter can go into the base's weights without a change of what the model says. *Mixed batches*:
-rows of one batch may take their own adapters in PEFT. *LoRA engines*: the files are plain LoRA, which vLLM
-takes; this project's own static engine serves every method. Each cell is declared by the method's class and
-tried by `tests/core/test_support.py`, on the CPU. `regraft check` refuses a sweep that asks for what a method
-does not do.
+*Quantised base*: the method trains on an NF4 base (`quantise: nf4` or `nf4_double`) as on the same values in full.
+*Merges*: the adapter can go into the weights of a base held in full without a change of what the model says.
+*Mixed batches*: rows of one batch may take their own adapters in PEFT. *LoRA engines*: the files are plain LoRA,
+which vLLM takes; this project's own static engine serves every method. *Packed rows*: `sweep.packing`.
+*Checkpointed activations*: `sweep.gradient_checkpointing`. Each cell is declared by the method's class and held
+against what really happens by `tests/core/test_support.py`, on the CPU: a method that does more or less than it
+declares fails there. A configuration that asks for what a method does not do is refused before anything starts.
 
 """
 
@@ -76,12 +87,14 @@ def _support() -> str:
         trains, support = method.kind != "control", method.support
         adapter = method.kind == "adapter"
         cells = [
-            "NF4" if method.quantised else "no",
+            _word(support.quantises) if not trains or adapter else "–",
             _word(support.merges) if adapter else "–",
             _word(support.mixes) if adapter else "–",
             "static, LoRA engines" if support.plain_lora else "static",
             _word(support.replicas) if trains else "–",
             _word(support.shards) if trains else "–",
+            _word(support.packs) if trains else "–",
+            _word(support.recomputes) if trains else "–",
         ]
         rows.append(f"| `{method.model_fields['name'].default}` | " + " | ".join(cells) + " |")
     return _SUPPORT_WORDS + "\n".join(rows) + "\n"

@@ -78,7 +78,7 @@ def test_the_penalty_is_that_of_peft_and_counts_once_a_step(tiny_model: Path) ->
         theirs = AdaLoraModel.forward(model.base_model, **batch).loss - model(**batch).loss
     mine = method.hooks(model).penalty()
     assert mine is not None
-    assert float(mine) == pytest.approx(float(theirs), rel=1e-4)
+    assert float(mine.detach()) == pytest.approx(float(theirs), rel=1e-4)
     # A batch that passes in parts takes the same step.
     strong = METHOD.model_copy(update={"orthogonality": 5.0})
     whole, parts = (
@@ -86,6 +86,13 @@ def test_the_penalty_is_that_of_peft_and_counts_once_a_step(tiny_model: Path) ->
     )
     for a, b in zip(trainable_parameters(whole), trainable_parameters(parts), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_the_rank_that_scales_is_not_trained(tiny_model: Path) -> None:
+    base = METHOD.load_base(tiny_model, "bfloat16", "cpu")
+    trained = [name for name, p in METHOD.apply(base).named_parameters() if p.requires_grad]
+    assert trained
+    assert not any("ranknum" in name for name in trained)
 
 
 def test_a_run_too_short_to_share_out_ranks_is_infeasible(tiny_model: Path) -> None:

@@ -69,6 +69,9 @@ class AdaLoRA(TunerMethod):
     def apply(self, base: nn.Module) -> nn.Module:
         """Put the triplets beside the layers, in fp32."""
         model: Any = super().apply(base)
+        for layer in _layers(model).values():
+            # On a base in bf16 PEFT 0.21 makes the number it divides by a trained parameter.
+            layer.ranknum["default"].requires_grad_(False)
         tuner = model.base_model
         # PEFT's forward adds the penalty to every loss; here it belongs to a step, whatever its micro-batches.
         tuner.forward = types.MethodType(lambda self, *args, **kwargs: self.model(*args, **kwargs), tuner)

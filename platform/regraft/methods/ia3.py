@@ -22,7 +22,7 @@ class IA3(TunerMethod):
     """
 
     kept_inputs: ClassVar[float] = 1.5
-    support: ClassVar[Support] = Support(quantises=True, merges=True)
+    support: ClassVar[Support] = Support(merges=True)  # PEFT's layers in four bits answer in fp32
 
     name: Literal["ia3"] = "ia3"
     learning_rate: float = Field(5e-2, gt=0, le=1)
