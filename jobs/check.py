@@ -29,6 +29,7 @@ def run(path: Path, *, cards: bool = False) -> None:
     for file in (experiment.retrain.reviewed, *experiment.retrain.evaluation.values()):
         if file is not None:
             read_chats(file)
+    _check_storage(experiment)
     base = resolve(experiment.model.source, experiment.model.revision, say)
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in dataset.splits.items())
     console.print(
@@ -42,6 +43,13 @@ def run(path: Path, *, cards: bool = False) -> None:
     console.print(
         f"chosen by {experiment.select.maximise}; served at {experiment.serve.host}:{experiment.serve.port}"
     )
+
+
+def _check_storage(experiment: Experiment) -> None:
+    """Refuse a place for checkpoints that nothing can be written to by its name alone."""
+    from regraft.training.checkpoints import versions_of
+
+    versions_of(experiment.cluster.storage or "", "check")
 
 
 def _show_trials(experiment: Experiment, base: Path, tokens: int) -> None:

@@ -17,7 +17,7 @@ from regraft.models import prompt_ids
 from regraft.records import Example, Message
 from regraft.training.batches import Encoded, collate
 from regraft.training.encoding import encode
-from regraft.training.loop import LoopSettings, evaluation_loss, train
+from regraft.training.loop import Layout, LoopSettings, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
 
 if TYPE_CHECKING:
@@ -103,13 +103,13 @@ def tried(
     frozen_before = {id(p): p.detach().clone() for p in frozen}
     budget: dict[str, Any] = {"pad_id": 0, "device": "cpu"}
     with supervised_positions_only(base):
-        before = evaluation_loss(model, rows, tokens_per_batch=256, **budget)
+        before = evaluation_loss(model, rows, tokens_per_batch=256, layout=Layout("cpu", 0))
     if method.trains:
         # Thirty steps on four examples: more than the default rate, which is meant for thousands.
         settings = LoopSettings(method.learning_rate * 5, epochs=30, tokens_per_batch=256, evaluations=1)
         train(model, base, rows, rows, settings, report=lambda _: None, **budget)
     with supervised_positions_only(base):
-        after = evaluation_loss(model, rows, tokens_per_batch=256, **budget)
+        after = evaluation_loss(model, rows, tokens_per_batch=256, layout=Layout("cpu", 0))
     frozen_after = {id(p): p.detach().clone() for p in frozen}
     trained_answers = answers(rounded(model) if method.kind == "full" else model)
     method.save(model, folder)
@@ -218,7 +218,7 @@ def test_qlora_gradients_are_the_same_right_after_an_evaluation(
 
     before = gradients()
     with supervised_positions_only(base):
-        evaluation_loss(model, rows, tokens_per_batch=256, pad_id=0, device="cpu")
+        evaluation_loss(model, rows, tokens_per_batch=256, layout=Layout("cpu", 0))
     after = gradients()
     assert before
     assert any(g.abs().max() > 0 for g in before)

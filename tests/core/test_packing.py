@@ -20,11 +20,11 @@ from transformers import (
 from regraft.errors import InfeasibleTrialError
 from regraft.methods import METHOD_CLASSES, LoRA, Method
 from regraft.methods.base import trainable_parameters
-from regraft.training.batches import IGNORED, Encoded, collate, pack
-from regraft.training.kernels import fast_kernels
+from regraft.training.batches import IGNORED, Encoded, collate, pack, shared_prefix
+from regraft.training.kernels import blocks, fast_kernels
 from regraft.training.loop import LoopSettings, train
 from regraft.training.loss import supervised_positions_only
-from regraft.training.packing import require_packable
+from regraft.training.packing import may_share, require_packable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,6 +103,60 @@ def test_nothing_of_one_example_reaches_another(tiny_model: Path, dtype: torch.d
     assert not torch.allclose(before[start:end], after[start:end], atol=0.1)
 
 
+BEGUN = row(30, 77, prompt=30)
+
+
+def begun_alike(lengths: tuple[int, ...] = (120, 40, 31, 12, 7)) -> list[Encoded]:
+    """Examples behind the same system turn; the token behind it differs, and is not supervised."""
+    return [
+        Encoded(BEGUN.ids + (3 + n, *r.ids), BEGUN.labels + (IGNORED, *r.labels))
+        for n, r in enumerate(row(n, n) for n in lengths)
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_examples_begin_with_alike_is_computed_once_with_the_same_gradients(
+    dtype: Any, kept: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "KEPT_LENGTH", 512 if kept else 0)
+    rows = begun_alike()
+    base = LoRA().load_base(tiny_model, dtype, "cpu")
+    torch.manual_seed(0)
+    model = LoRA().apply(base).train()
+    for parameter in trainable_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.05)
+    once = pack(rows, share=True)
+    assert once.prefix == len(BEGUN.ids)
+    assert once.input_ids.shape[1] == sum(len(r.ids) for r in rows) - 4 * once.prefix
+    right = loss_and_gradients(model, base, [collate([r], 0).inputs for r in rows], packed=False)
+    found = loss_and_gradients(model, base, [once.inputs], packed=True)
+    assert found[0] == pytest.approx(right[0], rel=1e-5 if dtype == "float32" else 2e-3)
+    for mine, theirs in zip(found[1], right[1], strict=True):
+        off = float((mine - theirs).norm() / theirs.norm())
+        assert off < (1e-4 if dtype == "float32" else 0.03)
+
+
+def test_only_what_no_loss_is_taken_on_is_shared() -> None:
+    same = (5, 6, 7, 8, 9, 10)
+    first = Encoded((*same, 11, 12), (IGNORED,) * 6 + (11, 12))
+    assert shared_prefix([first, Encoded((*same, 13), (IGNORED,) * 6 + (13,))]) == 5  # 10 asks for 11 and 13
+    assert shared_prefix([first, Encoded((*same, 11, 12), (IGNORED,) * 4 + (9, 10, 11, 12))]) == 0  # too few
+    assert shared_prefix([first, Encoded((*same, 11), (IGNORED,) * 7)]) == 5
+    assert shared_prefix([first, Encoded((9, *same), (IGNORED,) * 7)]) == 0
+    assert shared_prefix([first]) == 0
+
+
+def test_dropout_and_other_attention_share_nothing(tiny_model: Path) -> None:
+    base = LoRA().load_base(tiny_model, "bfloat16", "cpu")
+    assert may_share(base, base, ROWS, "cpu")
+    assert not may_share(base, base, ROWS, "cuda")
+    dropped = LoRA(dropout=0.1).apply(base)
+    assert not may_share(dropped, base, ROWS, "cpu")
+    base.config._attn_implementation = "eager"
+    assert not may_share(base, base, ROWS, "cpu")
+
+
 def test_learnt_positions_begin_anew_with_each_example() -> None:
     torch.manual_seed(0)
     base = GPT2LMHeadModel(
@@ -120,8 +174,9 @@ def test_a_packed_run_trains_what_a_padded_one_does(tiny_model: Path) -> None:
         torch.manual_seed(0)
         model = LoRA().apply(base)
         settings = LoopSettings(5e-3, 4, 200, evaluations=4, packing=packing)
+        rows = begun_alike()
         done = train(
-            model, base, ROWS, ROWS[3:], settings, pad_id=0, device="cpu", report=lambda _: None
+            model, base, rows, rows[3:], settings, pad_id=0, device="cpu", report=lambda _: None
         )
         curves.append([(p.step, p.tokens_seen, p.train_loss, p.eval_loss) for p in done.points])
     for packed, padded in zip(*curves, strict=True):
@@ -167,3 +222,34 @@ def test_a_window_counts_in_padded_rows(tiny_model: Path) -> None:
     assert torch.allclose(found, plain, atol=0.05)
     whole = states(mistral(200).eval(), collate(ROWS[:1], 0).inputs, packed=False)
     assert not torch.allclose(whole, plain, atol=0.05)
+
+
+def test_flash_attention_by_bounds_is_asked_for_what_the_mask_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's kernel is CUDA's alone: here a plain one takes its place, and is called as it would be."""
+    from regraft.training.kernels import attention
+
+    def varlen(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int,
+        max_k: int, *, scale: float, window_size: tuple[int, int], enable_gqa: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        assert (cu_q.dtype, max_q, max_k, window_size, enable_gqa) == (torch.int32, 5, 5, (-1, 0), True)
+        assert torch.equal(cu_q, cu_k)
+        found = []
+        for start, end in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):
+            parts = (t[None, start:end].transpose(1, 2) for t in (q, k, v))
+            one = torch.nn.functional.scaled_dot_product_attention(
+                *parts, is_causal=True, scale=scale, enable_gqa=enable_gqa
+            )
+            found.append(one[0].transpose(0, 1))
+        return torch.cat(found)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 5, 9, 12], dtype=torch.int32)
+    found = attention._flash_by_bounds(q, k, v, bounds, 5, 0.3)
+    mask = attention._seen(12, 12, bounds, 0, "cpu")
+    right = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    assert torch.allclose(found, right.transpose(1, 2), atol=1e-5)

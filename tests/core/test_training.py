@@ -23,7 +23,7 @@ from regraft.training import trial as trials
 from regraft.training.batches import IGNORED, Encoded, bucket, collate
 from regraft.training.candidate import BaseCache, score
 from regraft.training.encoding import encode
-from regraft.training.loop import LoopSettings, Outcome, Workers, evaluation_loss, share_of_rate, train
+from regraft.training.loop import Layout, LoopSettings, Outcome, Workers, evaluation_loss, share_of_rate, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import least_gib, require_memory
 from regraft.training.trial import TrialSpec, run_trial
@@ -239,7 +239,7 @@ def test_loss_of_a_token_does_not_depend_on_how_rows_are_batched(
     base, model = prepared(tiny_model, "lora")
     with supervised_positions_only(base):
         found = [
-            evaluation_loss(model, rows, tokens_per_batch=budget, pad_id=0, device="cpu")
+            evaluation_loss(model, rows, tokens_per_batch=budget, layout=Layout("cpu", 0))
             for budget in (1, 100, 10_000)
         ]
         one_by_one = [

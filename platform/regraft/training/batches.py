@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 IGNORED = -100
 #: The most that a padded batch may take, of its budget.
 _PADDED = 1.25
+#: Fewer tokens than these are not worth the trouble.
+_WORTH_SHARING = 4
 
 
 class Encoded(NamedTuple):
@@ -34,20 +36,22 @@ class Encoded(NamedTuple):
 class Batch(NamedTuple):
     """Tensors of shape (rows, longest), padded on the right; or one row of several examples, one after another.
 
-    `lengths` are those of the examples that share a row, in order; empty where each has a row of its own.
+    `lengths` are those of the examples that share a row, in order; empty where each has a row of its own. Their
+    first `prefix` tokens, the same for all, then stand at the beginning once, and `lengths` are of the rest.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
     lengths: tuple[int, ...] = ()
+    prefix: int = 0
 
     def to(self, device: str) -> Batch:
         """The same batch on another device; on CUDA the host does not wait for the copy."""
         if not device.startswith("cuda"):
             return self
         moved = (t.pin_memory().to(device, non_blocking=True) for t in self[:3])
-        return Batch(*moved, self.lengths)
+        return Batch(*moved, self.lengths, self.prefix)
 
     @property
     def masked(self) -> dict[str, torch.Tensor]:
@@ -60,21 +64,22 @@ class Batch(NamedTuple):
 
         The padding is on the right and not supervised: no token that counts ever attends to it. Without a
         mask the attention kernels take their fast, causal path. Where examples share a row, their positions
-        begin anew, and their bounds are given by the names that transformers hands on to attention kernels.
+        begin anew, and their bounds are given by the names that transformers hands on to attention kernels;
+        the prefix that all of them see is a name of this project's own attention.
         """
         found: dict[str, Any] = {"input_ids": self.input_ids, "labels": self.labels}
         if self.lengths:
             import torch
 
             where = self.input_ids.device
-            lengths = torch.tensor(self.lengths, device=where)
-            ends = lengths.cumsum(0)
-            positions = torch.arange(int(self.input_ids.shape[1]), device=where)
-            starts = (ends - lengths).repeat_interleave(lengths, output_size=self.input_ids.shape[1])
-            bounds = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
-            found |= {"position_ids": (positions - starts)[None]}
-            found |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-            found |= {"max_length_q": max(self.lengths), "max_length_k": max(self.lengths)}
+            # On the host: a device would be waited for.
+            parts = [torch.arange(self.prefix), *(self.prefix + torch.arange(n) for n in self.lengths)]
+            bounds = torch.tensor([self.prefix, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            found |= {"position_ids": torch.cat(parts)[None].to(where)}
+            found |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds.to(where))
+            found |= dict.fromkeys(("max_length_q", "max_length_k"), max(self.lengths))
+            if self.prefix:
+                found["shared_prefix"] = self.prefix
         return found
 
 
@@ -127,17 +132,40 @@ def split(group: Sequence[Encoded], most_tokens: int) -> list[list[Encoded]]:
     return bucket(group, most_tokens, rng=None) if most_tokens else [list(group)]
 
 
-def pack(group: Sequence[Encoded]) -> Batch:
+def pack(group: Sequence[Encoded], *, share: bool = False) -> Batch:
     """Put a group into one row without padding, the longest examples first.
 
     No example is asked to say how the next one begins: the first token of each is not supervised.
+
+    Args:
+        group: The examples.
+        share: Whether what all of them begin with, such as a system turn, stands there once.
     """
     import torch
 
     in_order = sorted(group, key=lambda e: len(e.ids), reverse=True)
-    ids = torch.tensor([token for e in in_order for token in e.ids])
-    labels = torch.tensor([label for e in in_order for label in (IGNORED, *e.labels[1:])])
-    return Batch(ids[None], torch.ones_like(ids)[None], labels[None], tuple(len(e.ids) for e in in_order))
+    prefix = shared_prefix(in_order) if share else 0
+    ids = torch.tensor([*in_order[0].ids[:prefix], *(token for e in in_order for token in e.ids[prefix:])])
+    rest = (label for e in in_order for label in (IGNORED, *e.labels[prefix + 1 :]))
+    labels = torch.tensor([*(IGNORED,) * prefix, *rest])
+    lengths = tuple(len(e.ids) - prefix for e in in_order)
+    return Batch(ids[None], torch.ones_like(ids)[None], labels[None], lengths, prefix)
+
+
+def shared_prefix(group: Sequence[Encoded]) -> int:
+    """How many tokens all examples begin with alike, none of them supervised, nor the one that follows.
+
+    What comes out for these tokens depends on nothing behind them: computed once, it is the same for all.
+    """
+    if len(group) < 2:
+        return 0
+    first = group[0]
+    most = min(len(e.ids) for e in group) - 1
+    for e in group:
+        # The token behind the prefix is asked of its last one, which all share.
+        most = min(most, next((i for i, label in enumerate(e.labels) if label != IGNORED), len(e.ids)) - 1)
+        most = next((i for i in range(max(0, most)) if e.ids[i] != first.ids[i]), max(0, most))
+    return most if most >= _WORTH_SHARING else 0
 
 
 def collate(group: Sequence[Encoded], pad_id: int) -> Batch:

@@ -22,7 +22,7 @@ from regraft.training.divergence import DivergenceWatch
 from regraft.training.kernels import fast_kernels
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import freed_memory_kept
-from regraft.training.packing import require_packable
+from regraft.training.packing import may_share, require_packable
 from regraft.training.sharding import gather, is_sharded, shard
 
 if TYPE_CHECKING:
@@ -50,6 +50,27 @@ class LoopSettings(NamedTuple):
     micro_tokens: int = 0  #: Most that pass through at once; a batch is cut, its step stays the same.
     packing: bool = False  #: Whether the examples of a batch share one row, without padding.
     compile: bool = False  #: Whether the decoder's layers are compiled (torch.compile).
+
+
+class Layout(NamedTuple):
+    """How a group of examples becomes tensors, and where.
+
+    Attributes:
+        device: Where they go.
+        pad_id: Token id of the padding.
+        packed: Whether the examples share one row.
+        share: Whether what they begin with alike stands in it once.
+    """
+
+    device: str
+    pad_id: int
+    packed: bool = False
+    share: bool = False
+
+    def batch(self, group: Sequence[Encoded]) -> Batch:
+        """The group on the device."""
+        made = pack(group, share=self.share) if self.packed else collate(group, self.pad_id)
+        return made.to(self.device)
 
 
 class Step(NamedTuple):
@@ -118,6 +139,7 @@ def train(
     require_supervised(evaluation_set, "evaluate")
     if settings.packing:
         require_packable(base, train_set, device)
+    layout = Layout(device, pad_id, settings.packing, settings.packing and may_share(model, base, train_set, device))
     shard(model, base, device, workers)  # before anything holds on to a parameter
     parameters = trainable_parameters(model)
     plan = _plan(train_set, settings, workers)
@@ -154,7 +176,7 @@ def train(
             # Random numbers follow from the step and the micro-batch's place in it: neither from when it was
             # reached, nor from who works on it.
             first_seed = settings.seed * 2**40 + step * 2**16 + workers.rank
-            batches = ((pack(g) if settings.packing else collate(g, pad_id)).to(device) for g in groups)
+            batches = (layout.batch(group) for group in groups)
             # Gradients are averaged over workers; the division is by the tokens of all of them.
             loss_here = _gradients(
                 wrapped, batches, len(groups), precision, workers.size / token_sum,
@@ -175,8 +197,7 @@ def train(
                     model,
                     evaluation_set,
                     tokens_per_batch=settings.tokens_per_batch,
-                    pad_id=pad_id,
-                    device=device,
+                    layout=layout,
                     workers=workers,
                 )
                 point = LossPoint(
@@ -210,8 +231,7 @@ def evaluation_loss(
     examples: Sequence[Encoded],
     *,
     tokens_per_batch: int,
-    pad_id: int,
-    device: str,
+    layout: Layout,
     workers: Workers = Workers(),  # noqa: B008
 ) -> float:
     """Mean loss over the supervised tokens of `examples`, in nats; inside `supervised_positions_only`.
@@ -222,10 +242,9 @@ def evaluation_loss(
 
     model.eval()
     total = 0.0
-    with torch.no_grad(), autocast(model, device):
+    with torch.no_grad(), autocast(model, layout.device):
         for group in workers.share(bucket(examples, tokens_per_batch, rng=None)):
-            batch = collate(group, pad_id).to(device)
-            total += float(model(**batch.inputs).loss)
+            total += float(model(**layout.batch(group).inputs).loss)
     return workers.total(total) / sum(e.supervised for e in examples)
 
 

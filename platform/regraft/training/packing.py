@@ -13,7 +13,7 @@ from regraft.training.kernels import fast_kernels
 #: a model that sees into the next example differs by its whole size.
 _TOLERANCE = 0.1
 _SHORT = 24
-_FOUND: dict[tuple[str, str, str], str | None] = {}
+_FOUND: dict[tuple[str, str, str, bool], str | None] = {}
 
 
 def require_packable(base: Any, examples: Sequence[Encoded], device: str) -> None:
@@ -37,23 +37,44 @@ def require_packable(base: Any, examples: Sequence[Encoded], device: str) -> Non
             f"packing: this model attends within {window} tokens, and an example has {longest}",
             "set sweep.packing to false, or sweep.max_length to no more than the window",
         )
-    # Of the kind of model, not of its weights: asked once a process.
-    kind = (type(base).__qualname__, base.config.to_json_string(), device)
-    if kind not in _FOUND:
-        _FOUND[kind] = _problem(base, [token for e in examples[:8] for token in e.ids], device)
-    if problem := _FOUND[kind]:
+    if problem := _problem(base, examples, device, share=False):
         raise InfeasibleTrialError(f"packing: {problem}", "set sweep.packing to false")
 
 
-def _problem(base: Any, source: list[int], device: str) -> str | None:
-    """What is wrong with rows of several examples for this model; None if nothing is."""
+def may_share(model: Any, base: Any, examples: Sequence[Encoded], device: str) -> bool:
+    """Whether what the examples of a row begin with alike can stand there once.
+
+    Only this project's attention on a CPU knows such rows. Dropout would be drawn once for all of them.
+    """
+    from torch import nn
+
+    drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    mine = device == "cpu" and base.config._attn_implementation == "sdpa"
+    return mine and not drops and _problem(base, examples, device, share=True) is None
+
+
+def _problem(base: Any, examples: Sequence[Encoded], device: str, *, share: bool) -> str | None:
+    """What is wrong with rows of several examples for this model; None if nothing is.
+
+    Of the kind of model, not of its weights: asked once a process.
+    """
+    kind = (type(base).__qualname__, base.config.to_json_string(), device, share)
+    if kind not in _FOUND:
+        _FOUND[kind] = _try(base, [token for e in examples[:8] for token in e.ids], device, share=share)
+    return _FOUND[kind]
+
+
+def _try(base: Any, source: list[int], device: str, *, share: bool) -> str | None:
     import torch
 
-    cuts = [(source * _SHORT)[start : start + n] for start, n in ((0, _SHORT), (7, _SHORT - 5), (3, _SHORT // 2))]
-    rows = [Encoded(tuple(ids), (IGNORED,) * len(ids)) for ids in cuts]  # from the longest to the shortest
+    begun, rest = (source * _SHORT)[:_SHORT], (source * _SHORT)[1:]
+    # From the longest to the shortest; the first tokens of all are the same, those behind them differ.
+    cuts = [(*begun[: _SHORT // 2], place, *rest[: _SHORT - place]) for place in (1, 7, 15)]
+    rows = [Encoded(ids, (IGNORED,) * len(ids)) for ids in cuts]
     where = next(base.parameters()).device
     body, was_training = base.get_decoder(), base.training
-    inputs = {k: v.to(where) if hasattr(v, "to") else v for k, v in pack(rows).inputs.items() if k != "labels"}
+    batch = pack(rows, share=share)
+    inputs = {k: v.to(where) if hasattr(v, "to") else v for k, v in batch.inputs.items() if k != "labels"}
     base.eval()
     try:
         with torch.no_grad():
@@ -67,7 +88,7 @@ def _problem(base: Any, source: list[int], device: str) -> str | None:
         return f"this model does not take rows of several examples: {str(error).splitlines()[0]}"
     finally:
         base.train(was_training)
-    alone = torch.cat(apart).float()
+    alone = torch.cat([apart[0][: batch.prefix], *(states[batch.prefix :] for states in apart)]).float()
     off = float((together.float() - alone).norm() / alone.norm())
     if off < _TOLERANCE:
         return None

@@ -15,10 +15,10 @@ from regraft.methods import LoRA, Method
 from regraft.methods.base import DTypeName, empty_causal_lm
 from regraft.methods.lora_init import FromWeights
 from regraft.methods.tuner import TunerMethod
+from regraft.training.kernels.blocks import KEPT_LENGTH
+from regraft.training.kernels.cross_entropy import LOGITS, SHARES
 
 GIB = 2**30
-#: Logits held at once, and what they cost: a bf16 copy and fp32 shares (`kernels/cross_entropy.py`).
-_LOSS_LOGITS = 64 * 49_152
 #: A process with torch, transformers, PEFT and MLflow's client loaded, before any model. Measured (RSS).
 _PROCESS = int(0.62 * GIB)
 #: What bitsandbytes adds to it on a CPU: its library, and layers before they are quantised. Measured.
@@ -27,8 +27,16 @@ _QUANTISING = int(0.3 * GIB)
 _CUDA_CONTEXT = int(0.6 * GIB)
 #: Memory of the cards people ask about, in bytes.
 CARDS = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9}
-#: Share of the matrix rate that the loop reaches on a CPU: the median of `benchmarks/preflight.py`.
-CPU_UTILISATION = 0.5
+#: Share of the matrix rate that the loop reaches on a CPU: the median of `benchmarks/preflight.py`. That of a GPU
+#: is assumed; nobody has measured it yet.
+UTILISATION = {"cpu": 0.52, "cuda": 0.4}
+#: AdamW reads four fp32 values a parameter and writes three, at the rate of this memory (bytes a second).
+_OPTIMISER_BYTES, _MEMORY_RATE = 28, {"cpu": 8e9, "cuda": 1e12}
+#: What glibc's heap holds beside the tensors where each layer is computed again, in inner values a token: blocks of
+#: many sizes come and go. Measured; CUDA's allocator holds far less.
+_HEAP_AGAIN = 40
+#: What padding adds to a batch, where examples do not share a row.
+_PADDING = 1.1
 
 
 class Shape(NamedTuple):
@@ -40,6 +48,7 @@ class Shape(NamedTuple):
     other: int
     layers: int
     hidden: int
+    heads: int
     queries: int
     keys: int
     inner: int
@@ -61,6 +70,7 @@ class Batching(NamedTuple):
     answer_rows: int = 32
     answer_tokens: int = 64
     shards: int = 1
+    packed: bool = True
 
     @classmethod
     def of(cls, sweep: SweepSection, evaluate: EvaluateSection, *, sharded: bool = False) -> Batching:
@@ -72,6 +82,7 @@ class Batching(NamedTuple):
             evaluate.batch_size,
             evaluate.max_new_tokens,
             sweep.workers_per_trial if sharded else 1,
+            sweep.packing is not False,
         )
 
 
@@ -136,6 +147,7 @@ def shape_of(folder: Path) -> Shape:
         other=total - linear - embedding.weight.numel() - apart,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
+        heads=heads,
         queries=heads * width,
         keys=(getattr(config, "num_key_value_heads", None) or heads) * width,
         inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
@@ -186,11 +198,12 @@ def predict(
     state = trained / (share if full else 1)
     tokens = _tokens(method, batching)
     width = 2 if full else value  # full fine-tuning computes in bf16 whatever it is held in
-    layer = _layer_values(method, shape, device) * width
+    layer = _layer_values(method, shape, batching, device) * width
     kept = tokens * shape.hidden * (4 if full else width) * shape.layers
     activations = kept + tokens * layer if batching.gradient_checkpointing else tokens * layer * shape.layers
     # Gradients on their way through one layer: the inner values of the feed-forward net, four times over.
-    activations += tokens * 4 * shape.inner * width
+    passing = _HEAP_AGAIN if batching.gradient_checkpointing and device == "cpu" else 4
+    activations += tokens * passing * shape.inner * width
     if method.quantised:  # a layer's weights are unpacked for each product
         activations += shape.widest * value
     return Memory(
@@ -199,7 +212,7 @@ def predict(
         gradients=state * 4 if method.trains else 0,
         optimiser=state * 8 if method.trains else 0,
         activations=activations if method.trains else tokens * 6 * shape.inner * value,
-        loss=_loss(method, shape, tokens, width),
+        loss=_loss(method, shape, tokens, width, device),
         answering=_answering(shape, batching, 2 if full else value),
         overhead=_CUDA_CONTEXT if device.startswith("cuda") else _PROCESS + method.quantised * _QUANTISING,
     )
@@ -218,20 +231,27 @@ def _weights(method: Method, shape: Shape, value: int) -> float:
 
 
 def _tokens(method: Method, batching: Batching) -> float:
-    """Positions of the largest batch; virtual tokens come on top of each row, of a quarter of the limit."""
-    tokens = max(batching.tokens_per_batch, batching.max_length)
+    """Positions of the largest batch, with padding where rows are not shared.
+
+    Virtual tokens come on top of each row, of a quarter of the limit.
+    """
+    tokens: float = max(batching.tokens_per_batch, batching.max_length)
+    if not (batching.packed and method.support.packs):
+        tokens = max(_PADDING * batching.tokens_per_batch, batching.max_length)
     virtual = getattr(method, "virtual_tokens", 0)
     return tokens * (1 + 4 * virtual / batching.max_length)
 
 
-def _layer_values(method: Method, shape: Shape, device: str) -> float:
+def _layer_values(method: Method, shape: Shape, batching: Batching, device: str) -> float:
     """Values a token that one decoder layer keeps for its backward pass, with frozen or trained weights.
 
     The input of a linear layer is kept only if the layer trains or an adapter reads it. A norm keeps its
     input: once in the type of the computation on a CPU (`kernels/norm.py`), in fp32 elsewhere and in full
     fine-tuning, whose residual stream is fp32.
     """
-    attention = shape.queries + 2 * shape.keys  # queries, keys, values
+    attention: float = shape.queries + 2 * shape.keys  # queries, keys, values
+    if device == "cpu":  # the softmax of short rows, over half of them (`kernels/blocks.py`)
+        attention += shape.heads * min(batching.max_length, KEPT_LENGTH) / 2
     net = 3 * shape.inner  # gate, its activation, up
     plain = device == "cpu" and method.kind != "full"
     norms = 2 * shape.hidden * (1 if plain else 2)
@@ -248,11 +268,12 @@ def _layer_values(method: Method, shape: Shape, device: str) -> float:
     return attention + net + norms + inputs * read + method.kept_outputs * written
 
 
-def _loss(method: Method, shape: Shape, tokens: float, width: int) -> float:
-    every = tokens * shape.vocabulary
+def _loss(method: Method, shape: Shape, tokens: float, width: int, device: str) -> float:
+    where, every = device.partition(":")[0], tokens * shape.vocabulary
+    shares = min(every, SHARES[where]) * 4 + tokens * shape.hidden * width
     if method.kind == "full":
-        return min(every, 8 * _LOSS_LOGITS) * 6 + shape.embedding * (2 + 4 + 4) + tokens * shape.hidden * 2
-    return min(every, _LOSS_LOGITS) * (4 + 2 * width) + tokens * shape.hidden * width
+        return min(every, 4 * LOGITS[where]) * 2 + shares + shape.embedding * (2 + 4 + 4)
+    return min(every, LOGITS[where]) * width + shares
 
 
 def _answering(shape: Shape, batching: Batching, value: int) -> float:
@@ -330,12 +351,41 @@ def on_card(method: Method, folder: Path, batching: Batching, bytes_of_card: flo
     return "no"
 
 
-def matmul_rate(threads: int | None = None) -> float:
-    """Operations a second of this processor's bf16 matrix product, from a tenth of a second of them."""
+def seconds(
+    method: Method, folder: Path, batching: Batching, tokens: float, rate: float, device: str = "cpu"
+) -> float:
+    """How long training on a number of tokens takes.
+
+    Args:
+        method: With all its settings.
+        folder: With the base's `config.json`.
+        batching: What passes at once.
+        tokens: Of the whole run, on one worker.
+        rate: What `matmul_rate` gave for the device.
+        device: Where it trains.
+    """
+    where = device.partition(":")[0]
+    work = tokens * flops_per_token(method, folder, batching) * method.slowness
+    steps = tokens / batching.tokens_per_batch
+    optimiser = steps * trained_by(method, folder) * _OPTIMISER_BYTES / _MEMORY_RATE[where]
+    return work / (rate * UTILISATION[where]) + optimiser
+
+
+def matmul_rate(threads: int | None = None, device: str = "cpu") -> float:
+    """Operations a second of a device's bf16 matrix product, from a tenth of a second of them."""
     import time
 
     import torch
 
+    if device.startswith("cuda"):
+        left, right = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+        left @ right
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(16):
+            left @ right
+        torch.cuda.synchronize(device)
+        return 16 * 2 * 8192**3 / (time.perf_counter() - began)
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)

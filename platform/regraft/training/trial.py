@@ -36,10 +36,11 @@ from regraft.training.candidate import BaseCache, score, speed
 from regraft.training.checkpoints import Checkpoints, versions_of
 from regraft.training.distributed import Workers
 from regraft.training.encoding import Encodings, encode_evaluation, encode_train, evenly
-from regraft.training.loop import LoopSettings, Outcome, evaluation_loss, train
+from regraft.training.kernels import fast_kernels
+from regraft.training.loop import Layout, LoopSettings, Outcome, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import device_gib, peak_gib, require_memory, reset_peak
-from regraft.training.packing import require_packable
+from regraft.training.packing import may_share, require_packable
 from regraft.training.preflight import Batching, micro_tokens
 
 _log = logging.getLogger(__name__)
@@ -249,13 +250,14 @@ class _Attempt:
                 hooks=method.hooks(model),
             )  # fmt: skip
         else:
-            with supervised_positions_only(base):
+            packing = self._packing(method, base, held_out)
+            share = packing and may_share(model, base, held_out, self.device)
+            with supervised_positions_only(base), fast_kernels(base, self.device, packed=packing):
                 loss = evaluation_loss(
                     model,
                     held_out,
                     tokens_per_batch=spec.sweep.tokens_per_batch,
-                    pad_id=pad_id,
-                    device=self.device,
+                    layout=Layout(self.device, pad_id, packing, share),
                 )
             outcome = Outcome((), 0, 0.0)
             self.points = [

@@ -12,13 +12,12 @@ from regraft.records import DatasetVersion, TrialResult, content_hash
 from regraft.tracking.runs import Tracker
 from regraft.training.memory import least_gib
 from regraft.training.preflight import (
-    CPU_UTILISATION,
     Batching,
-    flops_per_token,
     matmul_rate,
     mend,
     micro_tokens,
     predict,
+    seconds,
 )
 from regraft.training.trial import TrialSpec
 
@@ -91,7 +90,7 @@ def describe(experiment: Experiment, base: Path, train_tokens: int = 0) -> list[
     """
     sweep, dtype, device = experiment.sweep, experiment.model.dtype, pick_device(experiment.model.device)
     threads = max(1, int(sweep.cpus_per_trial))
-    rate = matmul_rate(threads) * CPU_UTILISATION if device == "cpu" and train_tokens else 0.0
+    rate = matmul_rate(threads, device) if train_tokens else 0.0
     rows = []
     for method in sweep.expanded():
         workers = sweep.workers_per_trial if by_ray_train(method, experiment) else 1
@@ -107,7 +106,7 @@ def describe(experiment: Experiment, base: Path, train_tokens: int = 0) -> list[
         time = "–"
         if rate and method.trains:
             mine = train_tokens * sweep.epochs / workers
-            time = f"{mine * flops_per_token(method, base, batching) / rate / 60:.1f} min"
+            time = f"{seconds(method, base, batching, mine, rate, device) / 60:.1f} min"
         where = f"Ray Train, {workers} worker(s)" if by_ray_train(method, experiment) else "inline"
         rows.append(Forecast(method.label, where, f"{memory.gib:.1f} GiB ({memory.parts})", time, note))
     return rows

@@ -86,7 +86,8 @@ def attention(
         query: (rows, heads, length, width).
         key: (rows, key heads, length or more, width); what it has more comes before the row.
         value: As `key`.
-        attention_mask: None for causal attention, within the bounds that `cu_seq_lens_q` gives if it does.
+        attention_mask: None for causal attention, within the bounds that `cu_seq_lens_q` gives if it does; all
+            that stands within them also sees the first `shared_prefix` positions.
         dropout: Of the weights.
         scaling: Of the scores; one over the root of the width if not given.
         is_causal: Taken from the layer if not given.
@@ -95,32 +96,36 @@ def attention(
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    bounds = kwargs.get("cu_seq_lens_q")
+    where = query.device.type
+    if torch.is_autocast_enabled(where):  # as torch's kernel does
+        narrow = torch.get_autocast_dtype(where)
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
+    bounds, prefix = kwargs.get("cu_seq_lens_q"), kwargs.get("shared_prefix", 0)
     scale = scaling or query.shape[-1] ** -0.5
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     mine = attention_mask is None and causal and not dropout and query.shape[1] % key.shape[1] == 0
-    if mine and query.is_cuda and bounds is not None and query.dtype in (torch.bfloat16, torch.float16):
+    narrow_cuda = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    if mine and narrow_cuda and bounds is not None and not prefix:
         return _flash_by_bounds(query, key, value, bounds, kwargs["max_length_q"], scale), None
-    if torch.is_autocast_enabled("cpu") and not query.is_cuda:  # as torch's kernel does
-        narrow = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     if mine and not query.is_cuda and query.dtype is torch.bfloat16:
-        return attend(query, key, value, scale, () if bounds is None else tuple(bounds.tolist())), None
+        ends = () if bounds is None else tuple(bounds.tolist())
+        return attend(query, key, value, scale, ends, prefix), None
     if attention_mask is None and causal and (bounds is not None or query.shape[2] != key.shape[2]):
-        attention_mask = _seen(query.shape[2], key.shape[2], bounds, query.device)
+        attention_mask = _seen(query.shape[2], key.shape[2], bounds, prefix, query.device)
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
     )
 
 
-def _seen(queries: int, keys: int, bounds: torch.Tensor | None, device: Any) -> torch.Tensor:
-    """What each query may see, (1, 1, queries, keys): what is before it, in its own example."""
+def _seen(queries: int, keys: int, bounds: torch.Tensor | None, prefix: int, device: Any) -> torch.Tensor:
+    """What each query may see, (1, 1, queries, keys): what is before it, in its own example or the prefix."""
     import torch
 
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     if bounds is not None:
         example = torch.searchsorted(bounds, torch.arange(keys, device=device, dtype=bounds.dtype), right=True)
-        seen &= example[keys - queries :, None] == example[None]
+        shared = torch.arange(keys, device=device) < prefix
+        seen &= (example[keys - queries :, None] == example[None]) | shared
     return seen[None, None]
 
 

@@ -31,6 +31,7 @@ def attend(
     value: torch.Tensor,
     scale: float,
     bounds: tuple[int, ...] = (),
+    prefix: int = 0,
 ) -> torch.Tensor:
     """Causal attention.
 
@@ -40,15 +41,17 @@ def attend(
         value: (rows, key heads, as the key, value width).
         scale: Of the scores.
         bounds: Where the examples of a single row begin, and where the last one ends; none sees another.
+        prefix: Positions before the first bound, which all examples see.
 
     Returns:
         (rows, length, heads, value width).
     """
     import torch
 
-    longest = max((e - s for s, e in zip(bounds, bounds[1:], strict=False)), default=key.shape[2])
+    longest = max((prefix + e - s for s, e in zip(bounds, bounds[1:], strict=False)), default=key.shape[2])
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    found: torch.Tensor = _function()(query, key, value, scale, bounds, trains and longest <= KEPT_LENGTH)
+    keep = trains and longest <= KEPT_LENGTH
+    found: torch.Tensor = _function()(query, key, value, scale, bounds, prefix, keep)
     return found
 
 
@@ -199,40 +202,66 @@ def _function() -> Any:
             to_value[where] = sums[1].view(-1, keys, total, wide)
         return to_query, to_key, to_value
 
+    def after(prefix: Any, own: Any) -> torch.Tensor:
+        """Keys or values of examples, with those of the prefix before each."""
+        found: torch.Tensor = own
+        if prefix.shape[2]:
+            found = torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], 2)
+        return found
+
     class Attend(torch.autograd.Function):
         @staticmethod
         def forward(
-            ctx: Any, query: Any, key: Any, value: Any, scale: float, bounds: tuple[int, ...], keep: bool
-        ) -> Any:
+            ctx: Any, query: Any, key: Any, value: Any, scale: float, bounds: tuple[int, ...], prefix: int,
+            keep: bool,
+        ) -> Any:  # fmt: skip
             kept: list[torch.Tensor] = []
             if bounds:
                 found = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+                begun = [t[:, :, :prefix] for t in (query, key, value)]
+                if prefix:
+                    of_prefix, kept = forward(*begun, scale)
+                    found[:, :prefix] = of_prefix.transpose(1, 2)
                 for part in _parts(bounds):
-                    of_part, weights = forward(*(part.padded(t) for t in (query, key, value)), scale)
+                    q, k, v = (part.padded(t) for t in (query, key, value))
+                    of_part, weights = forward(q, after(begun[1], k), after(begun[2], v), scale)
                     found[0, part.rows] = part.row(of_part)
                     kept += weights
             else:
                 of_all, kept = forward(query, key, value, scale)
                 found = of_all.transpose(1, 2)
             ctx.save_for_backward(query, key, value, *(kept if keep else ()))
-            ctx.how = scale, bounds, keep
+            ctx.how = scale, bounds, prefix, keep
             return found
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
             query, key, value, *weights = ctx.saved_tensors
-            scale, bounds, keep = ctx.how
+            scale, bounds, prefix, keep = ctx.how
             kept, gradient = iter(weights) if keep else None, gradient.transpose(1, 2)
+            nothing = (None,) * 4
             if not bounds:
-                return *backward(query, key, value, gradient, scale, kept), None, None, None
+                return *backward(query, key, value, gradient, scale, kept), *nothing
             found = tuple(t.new_empty(1, t.shape[2], t.shape[1], t.shape[3]) for t in (query, key, value))
+            begun = [t[:, :, :prefix] for t in (query, key, value)]
+            sums: list[torch.Tensor] = []  # of the prefix, over all that see it, in fp32
+            if prefix:
+                of_prefix = backward(*begun, gradient[:, :, :prefix], scale, kept)
+                sums = [t.transpose(1, 2).float() for t in of_prefix]
             for part in _parts(bounds):
                 of_part = part.padded(gradient)
                 # The gradient of padding is none: it repeats a token that has one of its own.
                 of_part.transpose(1, 2).flatten(0, 1).index_fill_(0, part.padding, 0)
-                padded = (part.padded(t) for t in (query, key, value))
-                for whole, mine in zip(found, backward(*padded, of_part, scale, kept), strict=True):
-                    whole[0, part.rows] = part.row(mine)
-            return *(t.transpose(1, 2) for t in found), None, None, None
+                q, k, v = (part.padded(t) for t in (query, key, value))
+                k, v = after(begun[1], k), after(begun[2], v)
+                to_q, *to_both = backward(q, k, v, of_part, scale, kept)
+                found[0][0, part.rows] = part.row(to_q)
+                for place, mine in enumerate(to_both, start=1):
+                    if prefix:
+                        sums[place] += mine[:, :, :prefix].float().sum(0, keepdim=True).transpose(1, 2)
+                    found[place][0, part.rows] = part.row(mine[:, :, prefix:])
+            for whole, mine in zip(found, sums, strict=False):
+                whole[:, :prefix] = mine
+            return *(t.transpose(1, 2) for t in found), *nothing
 
     return Attend.apply
