@@ -22,23 +22,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-#: Where to look, by method: low and high. Sources: LoRA Without Regret (Thinking Machines, 2025) for full and
-#: LoRA and its kin; PEFT's method comparison for the others.
+#: Where to look, by method: low and high, wide enough that the best of short runs lies inside. Sources: LoRA
+#: Without Regret (Thinking Machines, 2025) for full and LoRA and its kin; PEFT's method comparison for the others.
 RANGES = {
-    "full": (1e-5, 1e-4),
-    "lora": (2e-4, 5e-3),
-    "rslora": (2e-4, 5e-3),
-    "dora": (2e-4, 5e-3),
-    "pissa": (1e-4, 2e-3),
-    "olora": (1e-4, 2e-3),
-    "qlora": (2e-4, 5e-3),
-    "vera": (1e-3, 3e-2),
-    "oft": (2e-4, 5e-3),
-    "ia3": (2e-3, 5e-2),
-    "loha": (1e-3, 2e-2),
-    "lokr": (1e-3, 2e-2),
-    "prompt_tuning": (3e-3, 3e-1),
-    "p_tuning": (5e-4, 2e-2),
+    "full": (1e-5, 3e-4),
+    "lora": (2e-4, 1e-2),
+    "rslora": (2e-4, 1e-2),
+    "dora": (2e-4, 1e-2),
+    "pissa": (1e-4, 5e-3),
+    "olora": (1e-4, 5e-3),
+    "adalora": (5e-4, 2e-2),
+    "qlora": (2e-4, 1e-2),
+    "vera": (3e-3, 1.5e-1),
+    "oft": (2e-4, 1e-2),
+    "ia3": (5e-3, 2e-1),
+    "loha": (1e-3, 5e-2),
+    "lokr": (1e-3, 5e-2),
+    "prompt_tuning": (1e-2, 1.5),
+    "p_tuning": (3e-4, 3e-2),
+    "prefix_tuning": (1e-2, 1.0),
 }
 
 
@@ -54,7 +56,7 @@ def main() -> None:
         "--methods", nargs="*", default=list(RANGES), help="names, or settings as JSON objects"
     )
     words.add_argument("--rates", nargs="*", type=float, help="rates instead of the method's range")
-    words.add_argument("--points", type=int, default=3, help="rates of a range")
+    words.add_argument("--points", type=int, default=4, help="rates of a range")
     words.add_argument("--steps", type=int, default=48)
     words.add_argument("--tokens-per-batch", type=int, default=512)
     words.add_argument("--held-out", type=int, default=48, help="chats for the loss and the answers")
@@ -69,14 +71,15 @@ def main() -> None:
 
     from regraft.methods import parse_method
     from regraft.models import load_tokenizer, resolve
-    from regraft.training.encoding import encode
+    from regraft.training.encoding import Limits, encode_all
 
     torch.set_num_threads(settings.threads)
     folder = resolve(settings.model).path
     tokenizer = load_tokenizer(folder)
     train_chats, held_out = read(settings.data, settings.held_out)
-    rows = [encode(tokenizer, e, 512) for e in train_chats]
-    asked = [encode(tokenizer, e, 512) for e in held_out]
+    limits = Limits(512, "drop")
+    rows = list(encode_all(tokenizer, train_chats, limits, name="train").rows)
+    asked = list(encode_all(tokenizer, held_out, limits, name="held out").rows)
     have = {json.dumps(line["method"], sort_keys=True) for line in known}
     for text in settings.methods:
         fixed = json.loads(text) if text.startswith("{") else {"name": text}
@@ -141,12 +144,16 @@ def run(
     model = method.apply(base)
     epoch = len(bucket(rows, settings.tokens_per_batch, rng=None))
     loop = LoopSettings(
-        method.learning_rate, settings.steps / epoch, settings.tokens_per_batch, evaluations=1
-    )
+        method.learning_rate, settings.steps / epoch, settings.tokens_per_batch, evaluations=1,
+        packing=method.support.packs,
+    )  # fmt: skip
     score: dict[str, Any] = {"method": method.model_dump(mode="json"), "loss": None, "rougeL": None}
     pad = int(tokenizer.pad_token_id)
     try:
-        done = train(model, base, rows, asked, loop, pad_id=pad, device="cpu", report=lambda _: None)
+        done = train(
+            model, base, rows, asked, loop, pad_id=pad, device="cpu", report=lambda _: None,
+            hooks=method.hooks(model),
+        )  # fmt: skip
     except InfeasibleTrialError as error:
         return score | {"reason": error.problem}
     score |= {"loss": round(done.eval_loss or math.nan, 4), "steps": done.points[-1].step}

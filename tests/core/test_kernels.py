@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,12 @@ from transformers import AutoModelForCausalLM
 from regraft.methods import METHODS_BY_NAME, LoRA, parse_method
 from regraft.methods.base import trainable_parameters
 from regraft.records import Example, Message
-from regraft.training.batches import Batch, collate
+from regraft.training.batches import IGNORED, Batch, Encoded, collate
 from regraft.training.encoding import encode
 from regraft.training.kernels import fast_kernels
 from regraft.training.kernels.cross_entropy import linear_cross_entropy
 from regraft.training.kernels.norm import fused_norms
+from regraft.training.loop import LoopSettings, train
 from regraft.training.loss import supervised_positions_only
 
 if TYPE_CHECKING:
@@ -177,3 +180,51 @@ def test_norm_that_only_bears_the_name_is_left_alone() -> None:
     norm = ShiftedRMSNorm()
     with fused_norms(norm):
         assert "forward" not in vars(norm)
+
+
+def test_compiled_layers_train_what_the_others_do_and_are_plain_again(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as for a compiler, and run without one: that takes a minute here."""
+    plain, called = torch.nn.Module.compile, []
+
+    def traced(self: torch.nn.Module, **settings: Any) -> None:
+        called.append(type(self).__name__)
+        plain(self, backend="eager", **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    curves = []
+    for wanted in (False, True):
+        base = LoRA(rank=4).load_base(tiny_model, "float32", "cpu")
+        torch.manual_seed(0)
+        model = LoRA(rank=4).apply(base)
+        rows = [Encoded(tuple(range(3, 3 + n)), (IGNORED,) * 2 + tuple(range(5, 3 + n))) for n in (20, 18, 9)]
+        settings = LoopSettings(5e-3, 2, 24, evaluations=1, compile=wanted)
+        done = train(model, base, rows, rows, settings, pad_id=0, device="cpu", report=lambda _: None)
+        curves.append([p.eval_loss for p in done.points])
+        assert all(layer._compiled_call_impl is None for layer in base.model.layers)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert called == ["LlamaDecoderLayer"] * 2
+
+
+def test_freed_memory_is_kept_while_training_and_then_given_back() -> None:
+    """In a process of its own, whose heap nobody else has filled."""
+    code = """
+import psutil, torch
+from regraft.training.memory import freed_memory_kept, _glibc
+def used(): return psutil.Process().memory_info().rss / 2**20
+torch.ones(2**20).sum()
+before = used()
+with freed_memory_kept("cpu"):
+    held = [torch.ones(2**20) for _ in range(64)]
+    full = used()
+    del held
+    inside = used()
+print(int(_glibc() is not None), full - before, inside - before, used() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    known, full, inside, after = map(float, done.stdout.split())
+    assert full > 240
+    if known:
+        assert inside > 240
+        assert after < 60

@@ -549,7 +549,35 @@ def test_finished_trial_is_recorded_with_its_scores_and_what_it_trained(
     assert any(name.endswith(".safetensors") for name in runs[0].files) == trained
     assert (result.cost.adapter_bytes > 0) == trained
     assert len(runs[0].curve) == (2 if trained else 0)
+    assert result.data["packed"] == 1
     assert [r["status"] for r in reports] == [*["training"] * (2 if trained else 0), "completed"]
+
+
+@pytest.mark.parametrize(
+    ("method", "packing", "packed"),
+    [
+        ({"name": "lora", "rank": 4}, "auto", 1),
+        ({"name": "lora", "rank": 4}, False, 0),
+        ({"name": "prefix_tuning", "initial_text": None}, "auto", 0),
+    ],
+)
+def test_examples_share_rows_where_method_and_sweep_let_them(
+    tiny_model: Path, runs: list[FakeRun], monkeypatch: pytest.MonkeyPatch, method: dict[str, Any],
+    packing: Any, packed: int,
+) -> None:  # fmt: skip
+    seen: list[int] = []
+    plain = loops.Layout.batch
+
+    def noting(self: Any, group: Sequence[Encoded]) -> Any:
+        made = plain(self, group)
+        seen.append(len(made.lengths))
+        return made
+
+    monkeypatch.setattr(loops.Layout, "batch", noting)
+    run_trial(spec(tiny_model, method, packing=packing), DATASET, report=lambda _: None, bases=BaseCache())
+    assert runs[0].results[0].data["packed"] == packed
+    assert seen
+    assert all((lengths > 0) == bool(packed) for lengths in seen)
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,18 @@ MISTAKES: dict[str, tuple[Callable[[Case], object], tuple[str, ...]]] = {
         lambda c: c.change("rank: 8", "rank: 8, target_modules: [q_proj, nope]"),
         ("sweep.methods.1.target_modules: the base model has no layer nope; it has down_proj",),
     ),
+    "method that does not pack": (
+        lambda c: (c.change("sweep:", "sweep:\n  packing: true"), c.change("lora, rank: 8", "prompt_tuning")),
+        ("methods.1: prompt_tuning does not train with sweep.packing",),
+    ),
+    "method without four bits": (
+        lambda c: c.change("name: lora", "name: loha, quantise: nf4"),
+        ("sweep.methods.1.quantise: this method does not train on a quantised base",),
+    ),
+    "unknown storage": (
+        lambda c: c.change("cluster: {", "cluster: {storage: 'ftp://host/x', "),
+        ("cluster.storage: ftp://host/x",),
+    ),
     "missing experiment": (lambda c: (c.folder / "regraft.yaml").unlink(), ("regraft.yaml: No such file",)),
 }
 

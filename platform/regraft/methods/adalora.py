@@ -28,6 +28,8 @@ class AdaLoRA(TunerMethod):
     """
 
     label_fields: ClassVar[tuple[str, ...]] = ("rank", "learning_rate")
+    kept_outputs: ClassVar[float] = 2.7
+    slowness: ClassVar[float] = 1.4
     support: ClassVar[Support] = Support(quantises=True, merges=True, mixes=True, plain_lora=True)
 
     name: Literal["adalora"] = "adalora"

@@ -71,6 +71,11 @@ class Method(BaseModel):
         return self.kind != "control"
 
     @property
+    def row_tokens(self) -> int:
+        """Positions that the method adds to every row."""
+        return 0
+
+    @property
     def quantised(self) -> bool:
         """Whether the base is held in fewer bits than `model.dtype` has."""
         return False

@@ -70,6 +70,7 @@ class DoRA(LoRA):
 
     kept_inputs: ClassVar[float] = 3.0
     kept_outputs: ClassVar[float] = 5.0
+    slowness: ClassVar[float] = 2.0
     support: ClassVar[Support] = Support(quantises=True, merges=True)
 
     name: Literal["dora"] = "dora"  # type: ignore[assignment]

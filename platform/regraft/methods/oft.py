@@ -19,6 +19,7 @@ class OFT(TunerMethod):
     label_fields: ClassVar[tuple[str, ...]] = ("block_size", "learning_rate")
 
     kept_inputs: ClassVar[float] = 5.0
+    slowness: ClassVar[float] = 1.3
     support: ClassVar[Support] = Support(quantises=True, merges=True)
 
     name: Literal["oft"] = "oft"

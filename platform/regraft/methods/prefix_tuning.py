@@ -32,6 +32,11 @@ class PrefixTuning(SoftPromptMethod):
         description="Text whose keys and values the prefix starts from; null for small random ones.",
     )
 
+    @property
+    def row_tokens(self) -> int:
+        """None: keys and values are there already."""
+        return 0
+
     def apply(self, base: nn.Module) -> nn.Module:
         """Put the prefix before every layer's keys and values, in fp32."""
         import torch

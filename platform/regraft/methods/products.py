@@ -16,6 +16,8 @@ class _Product(TunerMethod):
     """What both share: the rank of the factors, and the scale of their product."""
 
     label_fields: ClassVar[tuple[str, ...]] = ("rank", "learning_rate")
+    kept_weights: ClassVar[float] = 7.0
+    slowness: ClassVar[float] = 4.8
 
     learning_rate: float = Field(1e-2, gt=0, le=1)
     rank: int = Field(8, ge=1, le=1024)

@@ -26,6 +26,11 @@ class SoftPromptMethod(OnAnyBase):
 
     virtual_tokens: int = Field(16, ge=1, le=512)
 
+    @property
+    def row_tokens(self) -> int:
+        """The virtual tokens pass through the model with the others."""
+        return self.virtual_tokens
+
     def release(self, model: nn.Module) -> nn.Module | None:
         """The base below the virtual tokens, untouched."""
         base: nn.Module = model.base_model  # type: ignore[assignment]

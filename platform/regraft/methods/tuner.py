@@ -33,6 +33,8 @@ class TunerMethod(OnAnyBase):
     #: base's type; fitted to what `benchmarks/preflight.py` measures.
     kept_inputs: ClassVar[float] = 3.0
     kept_outputs: ClassVar[float] = 0.0
+    #: Bytes kept for each of the adapted layers' own weights, where an update is made as large as they are.
+    kept_weights: ClassVar[float] = 0.0
     support: ClassVar[Support] = Support(merges=True)
 
     target_modules: str | tuple[str, ...] = Field(

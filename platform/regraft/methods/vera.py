@@ -19,6 +19,7 @@ class VeRA(TunerMethod):
     label_fields: ClassVar[tuple[str, ...]] = ("rank", "learning_rate")
 
     kept_outputs: ClassVar[float] = 1.4
+    slowness: ClassVar[float] = 3.1
     support: ClassVar[Support] = Support(quantises=True, merges=True)
 
     name: Literal["vera"] = "vera"

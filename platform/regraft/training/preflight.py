@@ -29,12 +29,12 @@ _CUDA_CONTEXT = int(0.6 * GIB)
 CARDS = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9}
 #: Share of the matrix rate that the loop reaches on a CPU: the median of `benchmarks/preflight.py`. That of a GPU
 #: is assumed; nobody has measured it yet.
-UTILISATION = {"cpu": 0.52, "cuda": 0.4}
+UTILISATION = {"cpu": 0.62, "cuda": 0.4}
 #: AdamW reads four fp32 values a parameter and writes three, at the rate of this memory (bytes a second).
-_OPTIMISER_BYTES, _MEMORY_RATE = 28, {"cpu": 8e9, "cuda": 1e12}
-#: What glibc's heap holds beside the tensors where each layer is computed again, in inner values a token: blocks of
-#: many sizes come and go. Measured; CUDA's allocator holds far less.
-_HEAP_AGAIN = 40
+_OPTIMISER_BYTES, _MEMORY_RATE = 28, {"cpu": 2e10, "cuda": 1e12}
+#: What glibc's heap holds beside the tensors where layers are computed again, in inner values a token and layer:
+#: blocks of many sizes come and go between those that stay. Measured; CUDA's allocator holds far less.
+_HEAP_AGAIN = 1
 #: What padding adds to a batch, where examples do not share a row.
 _PADDING = 1.1
 
@@ -202,8 +202,9 @@ def predict(
     kept = tokens * shape.hidden * (4 if full else width) * shape.layers
     activations = kept + tokens * layer if batching.gradient_checkpointing else tokens * layer * shape.layers
     # Gradients on their way through one layer: the inner values of the feed-forward net, four times over.
-    passing = _HEAP_AGAIN if batching.gradient_checkpointing and device == "cpu" else 4
+    passing = 4 + (_HEAP_AGAIN * shape.layers if batching.gradient_checkpointing and device == "cpu" else 0)
     activations += tokens * passing * shape.inner * width
+    activations += shape.linear * getattr(method, "kept_weights", 0.0)
     if method.quantised:  # a layer's weights are unpacked for each product
         activations += shape.widest * value
     return Memory(
@@ -238,8 +239,7 @@ def _tokens(method: Method, batching: Batching) -> float:
     tokens: float = max(batching.tokens_per_batch, batching.max_length)
     if not (batching.packed and method.support.packs):
         tokens = max(_PADDING * batching.tokens_per_batch, batching.max_length)
-    virtual = getattr(method, "virtual_tokens", 0)
-    return tokens * (1 + 4 * virtual / batching.max_length)
+    return tokens * (1 + 4 * method.row_tokens / batching.max_length)
 
 
 def _layer_values(method: Method, shape: Shape, batching: Batching, device: str) -> float:
