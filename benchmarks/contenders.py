@@ -49,8 +49,16 @@ class Workload(NamedTuple):
         rows = [encode(tokenizer, e, settings.max_length) for e in examples]
         method = parse_method(json.loads(settings.method))
         device = pick_device("auto")
-        return cls(model, method, tokenizer, rows, settings.tokens_per_batch, settings.max_length, device,
-                   not settings.padded)
+        return cls(
+            model,
+            method,
+            tokenizer,
+            rows,
+            settings.tokens_per_batch,
+            settings.max_length,
+            device,
+            not settings.padded,
+        )
 
     @property
     def rows_per_batch(self) -> int:
@@ -128,7 +136,10 @@ def trainer_bucketed(work: Workload, folder: Path) -> Run:
         groups = planned(rows, work)
         with counted(base) as tokens:
             Trainer(
-                model, arguments, data_collator=lambda batch: collate(batch[0], 0).masked, train_dataset=groups
+                model,
+                arguments,
+                data_collator=lambda batch: collate(batch[0], 0).masked,
+                train_dataset=groups,
             ).train()
         return {"computed": sum(tokens)}
 

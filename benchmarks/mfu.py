@@ -1,9 +1,10 @@
 """How much of a device's matrix rate training reaches (model FLOPs utilisation), and the memory it takes.
 
 LoRA, QLoRA and full fine-tuning on models of published shapes with random weights, on packed rows of random
-tokens. The roofline is the rate of a large bf16 product on the same device in the same run. Operations are those
-that the method needs: two a weight forward, two for the gradient that passes on, two more where the weight
-trains; what is computed again does not count. What is predicted not to fit is left out, with its reason.
+tokens. The roofline is the rate of a large bf16 product on the same device in the same run. Operations are
+those that the method needs: two a weight forward, two for the gradient that passes on, two more where the
+weight trains; what is computed again does not count. What is predicted not to fit is left out, with its
+reason.
 
     python benchmarks/mfu.py                    # 1b and 8b on a GPU
     python benchmarks/mfu.py --shapes 1b --quick
@@ -101,7 +102,8 @@ def row(found: dict[str, Any]) -> str:
         return f"| {found['model']} | {found['method']} | – | – | – | – | {found['left_out']} |"
     return (
         f"| {found['model']} | {found['method']} | {found['tokens_per_s']:.0f} | {found['mfu']:.0%} "
-        f"| {found['predicted_gib']:.1f} | {found['peak_gib']:.1f} | of {found['roofline'] / 1e12:.1f} TFLOP/s |"
+        f"| {found['predicted_gib']:.1f} | {found['peak_gib']:.1f} "
+        f"| of {found['roofline'] / 1e12:.2f} TFLOP/s |"
     )
 
 
@@ -157,7 +159,9 @@ def measure(
     rows: list[Encoded] = []
     held = warm = 0
     while held < (steps + 1) * tokens:
-        ids = tuple(draw.randrange(3, base.config.vocab_size) for _ in range(draw.randrange(length // 4, length)))
+        ids = tuple(
+            draw.randrange(3, base.config.vocab_size) for _ in range(draw.randrange(length // 4, length))
+        )
         prompt = 7 * len(ids) // 10
         rows.append(Encoded(ids, (IGNORED,) * prompt + ids[prompt:]))
         held += len(ids)

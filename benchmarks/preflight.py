@@ -79,8 +79,8 @@ def main() -> None:
     rate = matmul_rate(settings.threads)
     sys.stdout.write(f"bf16 products at {rate / 1e9:.0f} GFLOP/s\n\n")
     sys.stdout.write(
-        "| model | method | tokens | checkpointing | GiB predicted | measured | error | s predicted | measured "
-        "| error |\n"
+        "| model | method | tokens | checkpointing | GiB predicted | measured | error "
+        "| s predicted | measured | error |\n"
     )
     sys.stdout.write("|---|---|---|---|---|---|---|---|---|---|\n")
     errors, late = [], []
@@ -134,7 +134,7 @@ def made(scratch: Path) -> dict[str, Path]:
 def measure(
     folder: str, settings: dict[str, Any], tokens: int, again: bool, threads: int
 ) -> dict[str, float]:
-    """Train four steps of full batches after a first one; gives the peak of this process and the seconds of four."""
+    """Train four full steps after a first one; gives this process's peak, and their seconds."""
     import torch
 
     from regraft.methods import parse_method

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 #: Where to look, by method: low and high, wide enough that the best of short runs lies inside. Sources: LoRA
-#: Without Regret (Thinking Machines, 2025) for full and LoRA and its kin; PEFT's method comparison for the others.
+#: Without Regret (Thinking Machines, 2025) for full and LoRA and its kin; PEFT's method comparison for the
+#: others.
 RANGES = {
     "full": (1e-5, 3e-4),
     "lora": (2e-4, 1e-2),

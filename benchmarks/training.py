@@ -1,14 +1,16 @@
 """Training speed and memory of Regraft's loop beside `transformers.Trainer` and TRL's `SFTTrainer`.
 
-All train LoRA on the same model and chats, in the same precision, with the same tokens a step on average and the
-same threads. They run by turns, a process each, so that a noisy machine slows all of them alike. Speed is real
-(unpadded) tokens a second, the median of the rounds; memory is the peak of the process, imports and model
-included. A parity run trains Regraft and Trainer on identical batches and compares the loss of every step.
+All train LoRA on the same model and chats, in the same precision, with the same tokens a step on average
+and the same threads. They run by turns, a process each, so that a noisy machine slows all of them alike.
+Speed is real (unpadded) tokens a second, the median of the rounds; memory is the peak of the process,
+imports and model included. A parity run trains Regraft and Trainer on identical batches and compares the
+loss of every step.
 
-The peers are tuned: adapters in fp32 on a bf16 base, no gradient checkpointing, no logging, no saving; TRL packs.
-`trainer_bucketed` is Trainer handed Regraft's own batches, which none of its options gives: what is left between
-the two is the loop and its kernels. `--all` adds rows grouped by length for both, and TRL as it comes out of the
-box. The ratios of the last line are against the fastest of each library's own choices that was run.
+The peers are tuned: adapters in fp32 on a bf16 base, no gradient checkpointing, no logging, no saving; TRL
+packs. `trainer_bucketed` is Trainer handed Regraft's own batches, which none of its options gives: what is
+left between the two is the loop and its kernels. `--all` adds rows grouped by length for both, and TRL as
+it comes out of the box. The ratios of the last line are against the fastest of each library's own choices
+that was run.
 
     python benchmarks/training.py --quick
     python benchmarks/training.py --all --json result.json
@@ -65,7 +67,9 @@ def main() -> None:
     words.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each contender")
     words.add_argument("--tokens-per-batch", type=int, default=2048, help="of a step, about ten chats")
     words.add_argument("--max-length", type=int, default=512)
-    words.add_argument("--padded", action="store_true", help="Regraft pads its batches instead of packing them")
+    words.add_argument(
+        "--padded", action="store_true", help="Regraft pads its batches instead of packing them"
+    )
     words.add_argument("--chats", type=int, help="conversations in a round")
     words.add_argument("--rounds", type=int, help="rounds of each contender")
     words.add_argument("--seed", type=int, default=0)

@@ -41,13 +41,14 @@ _SUPPORT = (
 )
 _SUPPORT_WORDS = """### What each can do
 
-*Quantised base*: the method trains on an NF4 base (`quantise: nf4` or `nf4_double`) as on the same values in full.
-*Merges*: the adapter can go into the weights of a base held in full without a change of what the model says.
-*Mixed batches*: rows of one batch may take their own adapters in PEFT. *LoRA engines*: the files are plain LoRA,
-which vLLM takes; this project's own static engine serves every method. *Packed rows*: `sweep.packing`.
-*Checkpointed activations*: `sweep.gradient_checkpointing`. Each cell is declared by the method's class and held
-against what really happens by `tests/core/test_support.py`, on the CPU: a method that does more or less than it
-declares fails there. A configuration that asks for what a method does not do is refused before anything starts.
+*Quantised base*: the method trains on an NF4 base (`quantise: nf4` or `nf4_double`) as on the same values
+in full. *Merges*: the adapter can go into the weights of a base held in full without a change of what the
+model says. *Mixed batches*: rows of one batch may take their own adapters in PEFT. *LoRA engines*: the
+files are plain LoRA, which vLLM takes; this project's own static engine serves every method. *Packed rows*:
+`sweep.packing`. *Checkpointed activations*: `sweep.gradient_checkpointing`. Each cell is declared by the
+method's class and held against what really happens by `tests/core/test_support.py`, on the CPU: a method
+that does more or less than it declares fails there. A configuration that asks for what a method does not do
+is refused before anything starts.
 
 """
 

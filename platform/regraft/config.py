@@ -111,11 +111,12 @@ class SweepSection(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices alone.")
     packing: Literal["auto"] | bool = Field(
         "auto",
-        description="Let the examples of a micro-batch share one row, without padding and without seeing each "
-        "other; auto: where method and model can.",
+        description="Let the examples of a micro-batch share one row, without padding and without seeing "
+        "each other; auto: where method and model can.",
     )
     compile: bool = Field(
-        False, description="Compile the decoder's layers (torch.compile): minutes at the start of each process."
+        False,
+        description="Compile the decoder's layers (torch.compile): minutes at the start of each process.",
     )
     gradient_checkpointing: bool = Field(
         False,

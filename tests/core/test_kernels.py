@@ -222,7 +222,9 @@ with freed_memory_kept("cpu"):
     inside = used()
 print(int(_glibc() is not None), full - before, inside - before, used() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     known, full, inside, after = map(float, done.stdout.split())
     assert full > 240
     if known:

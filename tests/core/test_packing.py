@@ -109,7 +109,7 @@ BEGUN = row(30, 77, prompt=30)
 def begun_alike(lengths: tuple[int, ...] = (120, 40, 31, 12, 7)) -> list[Encoded]:
     """Examples behind the same system turn; the token behind it differs, and is not supervised."""
     return [
-        Encoded(BEGUN.ids + (3 + n, *r.ids), BEGUN.labels + (IGNORED, *r.labels))
+        Encoded((*BEGUN.ids, 3 + n, *r.ids), (*BEGUN.labels, IGNORED, *r.labels))
         for n, r in enumerate(row(n, n) for n in lengths)
     ]
 
@@ -175,9 +175,7 @@ def test_a_packed_run_trains_what_a_padded_one_does(tiny_model: Path) -> None:
         model = LoRA().apply(base)
         settings = LoopSettings(5e-3, 4, 200, evaluations=4, packing=packing)
         rows = begun_alike()
-        done = train(
-            model, base, rows, rows[3:], settings, pad_id=0, device="cpu", report=lambda _: None
-        )
+        done = train(model, base, rows, rows[3:], settings, pad_id=0, device="cpu", report=lambda _: None)
         curves.append([(p.step, p.tokens_seen, p.train_loss, p.eval_loss) for p in done.points])
     for packed, padded in zip(*curves, strict=True):
         assert packed == pytest.approx(padded, rel=1e-4)
@@ -195,7 +193,9 @@ def test_a_model_that_carries_a_state_along_is_refused() -> None:
     base = MambaForCausalLM(
         MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=8, initializer_range=0.5)
     )
-    with pytest.raises(InfeasibleTrialError, match="packing: this model (gives other results|does not take)"):
+    with pytest.raises(
+        InfeasibleTrialError, match=r"packing: this model (gives other results|does not take)"
+    ):
         require_packable(base, ROWS, "cpu")
 
 

@@ -71,7 +71,9 @@ def on_nf4(kind: type[Method], folder: Path, dtype: Any, *, in_full: bool) -> li
         method = method.model_copy(update={"quantise": None})
     torch.manual_seed(0)
     model = method.apply(base).train()
-    trained = [p for _, p in sorted(model.named_parameters(), key=lambda n: n[0]) if p.requires_grad]  # not always in one order
+    trained = [
+        p for _, p in sorted(model.named_parameters(), key=lambda n: n[0]) if p.requires_grad
+    ]  # not always in one order
     with torch.no_grad():
         for parameter in trained:
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -23,7 +23,15 @@ from regraft.training import trial as trials
 from regraft.training.batches import IGNORED, Encoded, bucket, collate
 from regraft.training.candidate import BaseCache, score
 from regraft.training.encoding import encode
-from regraft.training.loop import Layout, LoopSettings, Outcome, Workers, evaluation_loss, share_of_rate, train
+from regraft.training.loop import (
+    Layout,
+    LoopSettings,
+    Outcome,
+    Workers,
+    evaluation_loss,
+    share_of_rate,
+    train,
+)
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import least_gib, require_memory
 from regraft.training.trial import TrialSpec, run_trial

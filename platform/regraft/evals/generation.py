@@ -48,8 +48,8 @@ def base_of(model: Any) -> Any:
 class SoftPrompt(NamedTuple):
     """What a prompt-learning adapter puts before the text: embeddings, or keys and values of every layer.
 
-    `embeddings` has the shape (virtual tokens, hidden size), or is None; then `cache` makes the keys and values
-    for a number of rows.
+    `embeddings` has the shape (virtual tokens, hidden size), or is None; then `cache` makes the keys and
+    values for a number of rows.
     """
 
     virtual_tokens: int
@@ -80,8 +80,8 @@ def padded_inputs(
 
     PEFT puts virtual tokens before the padding and drops the positions, so that in a padded batch they are
     further from the text than they were in training. Here positions follow from the mask and the base is
-    asked: embeddings stand between padding and text; keys and values have no place of their own, and go before
-    the padding, where `generate` wants them, with token ids in their place that it passes over.
+    asked: embeddings stand between padding and text; keys and values have no place of their own, and go
+    before the padding, where `generate` wants them, with token ids in their place that it passes over.
 
     Args:
         model: A transformers or PEFT model.

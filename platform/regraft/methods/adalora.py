@@ -1,4 +1,4 @@
-"""AdaLoRA: LoRA whose ranks are shared out among the layers while it trains (Zhang et al., arXiv:2303.10512)."""
+"""AdaLoRA: LoRA whose ranks are shared out while it trains (Zhang et al., arXiv:2303.10512)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ class AdaLoRA(TunerMethod):
     learning_rate: float = Field(2e-3, gt=0, le=1e-1)
     rank: int = Field(8, ge=1, le=1024, description="Triplets a layer, on average, at the end.")
     initial_rank: int | None = Field(
-        None, ge=1, le=2048, description="Triplets of every layer at the start; 1.5 times the rank if not given."
+        None,
+        ge=1,
+        le=2048,
+        description="Triplets of every layer at the start; 1.5 times the rank if not given.",
     )
     alpha: Alpha = Field(
         "double", description="Scale: a number, `rank`, or `double`, once or twice the initial rank."
@@ -75,7 +78,8 @@ class AdaLoRA(TunerMethod):
             # On a base in bf16 PEFT 0.21 makes the number it divides by a trained parameter.
             layer.ranknum["default"].requires_grad_(False)
         tuner = model.base_model
-        # PEFT's forward adds the penalty to every loss; here it belongs to a step, whatever its micro-batches.
+        # PEFT's forward adds the penalty to every loss; here it belongs to a step, whatever its
+        # micro-batches.
         tuner.forward = types.MethodType(lambda self, *args, **kwargs: self.model(*args, **kwargs), tuner)
         return model  # type: ignore[no-any-return]
 
@@ -144,8 +148,9 @@ class _Budget(StepHooks):
         norms = []
         for layer in _layers(self._tuner.model).values():
             a, b = layer.lora_A["default"], layer.lora_B["default"]
-            for product in (a @ a.T, b.T @ b):
-                norms.append(torch.linalg.matrix_norm(product - torch.eye(len(product), device=a.device)))
+            norms += [
+                torch.linalg.matrix_norm(p - torch.eye(len(p), device=p.device)) for p in (a @ a.T, b.T @ b)
+            ]
         return self._method.orthogonality * torch.stack(norms).mean()
 
     def after_step(self, step: int) -> None:

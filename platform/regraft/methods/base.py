@@ -57,7 +57,8 @@ class Method(BaseModel):
     support: ClassVar[Support] = Support()
     #: Whether `release` gives the base back as it was before training.
     keeps_base: ClassVar[bool] = True
-    #: Time of a step by its count of operations, beside LoRA's; measured by `benchmarks/preflight.py` on a CPU.
+    #: Time of a step by its count of operations, beside LoRA's; measured by `benchmarks/preflight.py` on a
+    #: CPU.
     slowness: ClassVar[float] = 1.0
     #: Fields that make up the short label of a trial, in order.
     label_fields: ClassVar[tuple[str, ...]] = ("learning_rate",)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from regraft.methods.base import Support
-from regraft.methods.tuner import Alpha, TunerMethod, scale_of
 from regraft.methods.lora_fused import fuse
+from regraft.methods.tuner import Alpha, TunerMethod, scale_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig

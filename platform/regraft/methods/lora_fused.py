@@ -3,9 +3,9 @@
 PEFT computes an adapter in the type it is held in. With fp32 adapters on a bf16 base that casts every layer's
 input and output, keeps the casts for the backward pass, and multiplies thin matrices at the slow fp32 rate.
 Here the held weights stay fp32, and so do their gradients' sums, but the products are taken in the base's
-type, as torch's autocast would take them, and added in place. Layers that read the same input (queries, keys and
-values; the two halves of a gated net) are taken together: their thin products are one. In training only:
-evaluation and serving run PEFT's own forward.
+type, as torch's autocast would take them, and added in place. Layers that read the same input (queries,
+keys and values; the two halves of a gated net) are taken together: their thin products are one. In training
+only: evaluation and serving run PEFT's own forward.
 """
 
 from __future__ import annotations

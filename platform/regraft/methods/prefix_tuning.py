@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class PrefixTuning(SoftPromptMethod):
     """Train the keys and values of a few virtual tokens in every layer, started from those of a text.
 
-    The paper starts from real words too (its figure 5), and trains through a network that it then throws away;
-    started from a text, the keys and values train well by themselves.
+    The paper starts from real words too (its figure 5), and trains through a network that it then throws
+    away; started from a text, the keys and values train well by themselves.
     """
 
     # A second pass through a layer would add to the prefix that the first one filled.
@@ -62,5 +62,7 @@ class PrefixTuning(SoftPromptMethod):
             ids = text_ids(base, self.initial_text, self.virtual_tokens)
             cache = base(input_ids=ids[None], use_cache=True).past_key_values
         # Each is (1, heads, tokens, head width).
-        parts = [t[0].transpose(0, 1).flatten(1) for layer in cache.layers for t in (layer.keys, layer.values)]
+        parts = [
+            t[0].transpose(0, 1).flatten(1) for layer in cache.layers for t in (layer.keys, layer.values)
+        ]
         return torch.cat(parts, dim=1).float()

@@ -39,4 +39,4 @@ class _Paged(StepHooks):
     def optimiser(self, groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer | None:
         """The paged one on CUDA; a CPU has nothing to page to."""
         on_cuda = all(p.is_cuda for group in groups for p in group["params"])
-        return paged_adamw(groups, rate) if on_cuda else None  # type: ignore[no-any-return]
+        return paged_adamw(groups, rate) if on_cuda else None

@@ -24,8 +24,8 @@ class OnAnyBase(Method):
 
     quantise: Quantisation | None = Field(
         None,
-        description="Hold the base's linear layers in four bits, with constants in full or quantised too; null "
-        "for model.dtype.",
+        description="Hold the base's linear layers in four bits, with constants in full or quantised too; "
+        "null for model.dtype.",
     )
 
     @property

@@ -34,10 +34,11 @@ class Encoded(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Tensors of shape (rows, longest), padded on the right; or one row of several examples, one after another.
+    """Tensors of shape (rows, longest), padded on the right; or one row of several examples.
 
-    `lengths` are those of the examples that share a row, in order; empty where each has a row of its own. Their
-    first `prefix` tokens, the same for all, then stand at the beginning once, and `lengths` are of the rest.
+    `lengths` are those of the examples that share a row, in order; empty where each has a row of its own.
+    Their first `prefix` tokens, the same for all, then stand at the beginning once, and `lengths` are of
+    the rest.
     """
 
     input_ids: torch.Tensor
@@ -50,8 +51,8 @@ class Batch(NamedTuple):
         """The same batch on another device; on CUDA the host does not wait for the copy."""
         if not device.startswith("cuda"):
             return self
-        moved = (t.pin_memory().to(device, non_blocking=True) for t in self[:3])
-        return Batch(*moved, self.lengths, self.prefix)
+        ids, mask, labels = (t.pin_memory().to(device, non_blocking=True) for t in self[:3])
+        return Batch(ids, mask, labels, self.lengths, self.prefix)
 
     @property
     def masked(self) -> dict[str, torch.Tensor]:
@@ -74,7 +75,7 @@ class Batch(NamedTuple):
             where = self.input_ids.device
             # On the host: a device would be waited for.
             parts = [torch.arange(self.prefix), *(self.prefix + torch.arange(n) for n in self.lengths)]
-            bounds = torch.tensor([self.prefix, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            bounds = torch.tensor([self.prefix, *self.lengths]).cumsum(0).to(torch.int32)
             found |= {"position_ids": torch.cat(parts)[None].to(where)}
             found |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds.to(where))
             found |= dict.fromkeys(("max_length_q", "max_length_k"), max(self.lengths))
@@ -102,8 +103,8 @@ def bucket(
     """Group examples of like length, at most `tokens_per_batch` tokens a group.
 
     Padding does not count, so that a step is the same examples whether they share a row or are padded; it may
-    take up a quarter of the budget more, no further. With `rng`, lengths are jittered and the groups shuffled, so
-    that no two epochs see the same batches. An example longer than the budget stands alone.
+    take up a quarter of the budget more, no further. With `rng`, lengths are jittered and the groups
+    shuffled, so that no two epochs see the same batches. An example longer than the budget stands alone.
     """
     by_length = sorted(
         examples, key=lambda e: len(e.ids) * (rng.uniform(0.9, 1.1) if rng else 1.0), reverse=True

@@ -135,11 +135,8 @@ def train(
     """
     import torch
 
-    require_supervised(train_set, "train")
     require_supervised(evaluation_set, "evaluate")
-    if settings.packing:
-        require_packable(base, train_set, device)
-    layout = Layout(device, pad_id, settings.packing, settings.packing and may_share(model, base, train_set, device))
+    layout = _layout(model, base, train_set, settings, pad_id, device)
     shard(model, base, device, workers)  # before anything holds on to a parameter
     parameters = trainable_parameters(model)
     plan = _plan(train_set, settings, workers)
@@ -169,10 +166,7 @@ def train(
         wrapped = model if workers.shard else workers.wrap(model)
         for step, (groups, token_sum, tokens) in enumerate(plan[first - 1 :], start=first):
             wrapped.train()
-            rate = settings.learning_rate * share_of_rate(
-                settings.schedule, total, settings.warmup_fraction, step - 1
-            )
-            _set_rate(optimiser, rate)
+            rate = _set_rate(optimiser, settings, total, step)
             # Random numbers follow from the step and the micro-batch's place in it: neither from when it was
             # reached, nor from who works on it.
             first_seed = settings.seed * 2**40 + step * 2**16 + workers.rank
@@ -193,18 +187,13 @@ def train(
             since_loss, since_tokens = since_loss + loss_sum, since_tokens + token_sum
             if step in marks:
                 pause = time.monotonic()
-                held_out = evaluation_loss(
-                    model,
-                    evaluation_set,
-                    tokens_per_batch=settings.tokens_per_batch,
-                    layout=layout,
-                    workers=workers,
-                )
                 point = LossPoint(
                     step=step,
                     tokens_seen=seen,
                     train_loss=since_loss / since_tokens,
-                    eval_loss=held_out,
+                    eval_loss=evaluation_loss(
+                        model, evaluation_set, settings.tokens_per_batch, layout, workers
+                    ),
                     learning_rate=rate,
                     scores=_scores(probe, model, device) if probe else {},
                 )
@@ -229,7 +218,6 @@ def _scores(probe: Probe, model: nn.Module, device: str) -> dict[str, float]:
 def evaluation_loss(
     model: nn.Module,
     examples: Sequence[Encoded],
-    *,
     tokens_per_batch: int,
     layout: Layout,
     workers: Workers = Workers(),  # noqa: B008
@@ -297,6 +285,22 @@ def checkpointing(base: Any, wanted: bool) -> Iterator[None]:
         base.disable_input_require_grads()
 
 
+def _layout(
+    model: nn.Module,
+    base: nn.Module,
+    train_set: Sequence[Encoded],
+    settings: LoopSettings,
+    pad_id: int,
+    device: str,
+) -> Layout:
+    """How the examples lie in their batches; refuses what cannot be trained on so."""
+    require_supervised(train_set, "train")
+    if not settings.packing:
+        return Layout(device, pad_id)
+    require_packable(base, train_set, device)
+    return Layout(device, pad_id, packed=True, share=may_share(model, base, train_set, device))
+
+
 @contextmanager
 def compiled(base: Any, wanted: bool) -> Iterator[None]:
     """Compile the base's decoder layers while open, one program for all of them, whatever the lengths."""
@@ -331,9 +335,11 @@ def _vocabulary(base: Any) -> int:
     return int(base.config.get_text_config().vocab_size)
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+def _set_rate(optimiser: torch.optim.Optimizer, settings: LoopSettings, total: int, step: int) -> float:
+    share = share_of_rate(settings.schedule, total, settings.warmup_fraction, step - 1)
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = settings.learning_rate * share
+    return settings.learning_rate * share
 
 
 def _gradients(

@@ -9,8 +9,8 @@ from regraft.errors import InfeasibleTrialError
 from regraft.training.batches import IGNORED, Encoded, pack
 from regraft.training.kernels import fast_kernels
 
-#: Largest difference of the hidden states, relative to their size. bf16 kernels differ by one to two hundredths;
-#: a model that sees into the next example differs by its whole size.
+#: Largest difference of the hidden states, relative to their size. bf16 kernels differ by one to two
+#: hundredths; a model that sees into the next example differs by its whole size.
 _TOLERANCE = 0.1
 _SHORT = 24
 _FOUND: dict[tuple[str, str, str, bool], str | None] = {}
@@ -19,8 +19,9 @@ _FOUND: dict[tuple[str, str, str, bool], str | None] = {}
 def require_packable(base: Any, examples: Sequence[Encoded], device: str) -> None:
     """Refuse rows of several examples for a model that sees from one into another.
 
-    A row of three pieces of different lengths has to give what each piece gives by itself, under the model's own
-    attention. Models whose layers carry a state along, or that do not take positions, do not pass.
+    A row of three pieces of different lengths has to give what each piece gives by itself, under the
+    model's own attention. Models whose layers carry a state along, or that do not take positions, do not
+    pass.
 
     Args:
         base: The transformers model, before it is sharded.
@@ -79,7 +80,7 @@ def _try(base: Any, source: list[int], device: str, *, share: bool) -> str | Non
     try:
         with torch.no_grad():
             apart = [
-                body(input_ids=torch.tensor([list(r.ids)], device=where), use_cache=False).last_hidden_state[0]
+                body(input_ids=torch.tensor([r.ids], device=where), use_cache=False).last_hidden_state[0]
                 for r in rows
             ]
             with fast_kernels(base, device, packed=True):

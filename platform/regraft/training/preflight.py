@@ -27,13 +27,14 @@ _QUANTISING = int(0.3 * GIB)
 _CUDA_CONTEXT = int(0.6 * GIB)
 #: Memory of the cards people ask about, in bytes.
 CARDS = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9}
-#: Share of the matrix rate that the loop reaches on a CPU: the median of `benchmarks/preflight.py`. That of a GPU
-#: is assumed; nobody has measured it yet.
+#: Share of the matrix rate that the loop reaches on a CPU: the median of `benchmarks/preflight.py`. That of
+#: a GPU is assumed; nobody has measured it yet.
 UTILISATION = {"cpu": 0.62, "cuda": 0.4}
 #: AdamW reads four fp32 values a parameter and writes three, at the rate of this memory (bytes a second).
 _OPTIMISER_BYTES, _MEMORY_RATE = 28, {"cpu": 2e10, "cuda": 1e12}
-#: What glibc's heap holds beside the tensors where layers are computed again, in inner values a token and layer:
-#: blocks of many sizes come and go between those that stay. Measured; CUDA's allocator holds far less.
+#: What glibc's heap holds beside the tensors where layers are computed again, in inner values a token and
+#: layer: blocks of many sizes come and go between those that stay. Measured; CUDA's allocator holds far
+#: less.
 _HEAP_AGAIN = 1
 #: What padding adds to a batch, where examples do not share a row.
 _PADDING = 1.1

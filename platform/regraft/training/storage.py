@@ -1,7 +1,7 @@
 """A folder of versions on a file system or an object store, of which a pointer names the one that counts.
 
-A version is written under a name of its own and the pointer set after it is whole: whatever happens in between,
-the pointer names a whole version. This needs no renaming, which object stores do not have.
+A version is written under a name of its own and the pointer set after it is whole: whatever happens in
+between, the pointer names a whole version. This needs no renaming, which object stores do not have.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Versions:
     """Versions of one thing.
 
     Args:
-        uri: A folder, or a URI as Ray takes it for its own storage: `s3://`, `gs://`, `hdfs://`, `file://`, with
-            options such as `s3://bucket/path?endpoint_override=...` (pyarrow's).
+        uri: A folder, or a URI as Ray takes it for its own storage: `s3://`, `gs://`, `hdfs://`, `file://`,
+            with options such as `s3://bucket/path?endpoint_override=...` (pyarrow's).
 
     Raises:
         ConfigError: If the file system of the URI is unknown or its options are wrong.
@@ -115,5 +115,8 @@ class Versions:
 
         here, there = LocalFileSystem(), self._system
         copy_files(
-            source, target, source_filesystem=here if up else there, destination_filesystem=there if up else here
+            source,
+            target,
+            source_filesystem=here if up else there,
+            destination_filesystem=there if up else here,
         )

@@ -1,7 +1,7 @@
 """Attention of training: causal, over rows of one example each or of several that do not see each other.
 
-In bf16 on a CPU it runs in blocks (`blocks.py`). On CUDA rows of several examples go to torch's flash attention by
-their bounds. All else goes to torch's own kernel, with a mask where one is needed.
+In bf16 on a CPU it runs in blocks (`blocks.py`). On CUDA rows of several examples go to torch's flash
+attention by their bounds. All else goes to torch's own kernel, with a mask where one is needed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _BOUNDED: ContextVar[bool] = ContextVar("_BOUNDED", default=False)
 def training_attention(base: Any, *, packed: bool = False) -> Iterator[None]:
     """While open, a transformers model that attends by torch's kernel attends by this module.
 
-    Models with another kind of attention (eager, flash) keep theirs; transformers tells those where the examples
-    of a row end.
+    Models with another kind of attention (eager, flash) keep theirs; transformers tells those where the
+    examples of a row end.
 
     Args:
         base: The model.
@@ -59,9 +59,7 @@ def _register() -> None:
         causal = kwargs.get("allow_is_causal_skip", True) or _BOUNDED.get()
         if causal and attention_mask is None and (local_size is None or kwargs["kv_length"] <= local_size):
             return None
-        found: torch.Tensor | None = sdpa_mask(
-            attention_mask=attention_mask, local_size=local_size, **kwargs
-        )
+        found: torch.Tensor | None = sdpa_mask(attention_mask=attention_mask, local_size=local_size, **kwargs)
         return found
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
@@ -86,8 +84,8 @@ def attention(
         query: (rows, heads, length, width).
         key: (rows, key heads, length or more, width); what it has more comes before the row.
         value: As `key`.
-        attention_mask: None for causal attention, within the bounds that `cu_seq_lens_q` gives if it does; all
-            that stands within them also sees the first `shared_prefix` positions.
+        attention_mask: None for causal attention, within the bounds that `cu_seq_lens_q` gives if it does;
+            all that stands within them also sees the first `shared_prefix` positions.
         dropout: Of the weights.
         scaling: Of the scores; one over the root of the width if not given.
         is_causal: Taken from the layer if not given.
@@ -123,7 +121,9 @@ def _seen(queries: int, keys: int, bounds: torch.Tensor | None, prefix: int, dev
 
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     if bounds is not None:
-        example = torch.searchsorted(bounds, torch.arange(keys, device=device, dtype=bounds.dtype), right=True)
+        example = torch.searchsorted(
+            bounds, torch.arange(keys, device=device, dtype=bounds.dtype), right=True
+        )
         shared = torch.arange(keys, device=device) < prefix
         seen &= (example[keys - queries :, None] == example[None]) | shared
     return seen[None, None]
@@ -136,13 +136,13 @@ def _flash_by_bounds(
     bounds: torch.Tensor,
     longest: int,
     scale: float,
-) -> torch.Tensor:
-    """torch's flash attention over the examples of one row; gives (1, length, heads, width)."""
+) -> Any:
+    """Torch's flash attention over the examples of one row; gives (1, length, heads, width)."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    found = varlen_attn(
+    found: Any = varlen_attn(
         q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
-    return found[None]  # type: ignore[index, no-any-return]
+    return found[None]

@@ -1,12 +1,15 @@
-"""Causal attention in bf16 on a CPU, in blocks of queries; torch's kernel is slow there on the short rows of chats.
+"""Causal attention in bf16 on a CPU, in blocks of queries.
 
-Scores and softmax are taken in fp32. The products of scores run in oneDNN's bf16 mode: their operands are bf16
-values, so that nothing is lost by it, and they take half the time. What softmax gives is kept for the backward pass
-where rows are short, and taken again where they are long. Time and error: `benchmarks/training_kernels.py`.
+torch's own kernel is slow there in the backward pass on the short rows of chats.
+Scores and softmax are taken in fp32. The products of scores run in oneDNN's bf16 mode: their operands are
+bf16 values, so that nothing is lost by it, and they take half the time. What softmax gives is kept for the
+backward pass where rows are short, and taken again where they are long. Time and error:
+`benchmarks/training_kernels.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -48,7 +51,7 @@ def attend(
     """
     import torch
 
-    longest = max((prefix + e - s for s, e in zip(bounds, bounds[1:], strict=False)), default=key.shape[2])
+    longest = max((prefix + e - s for s, e in itertools.pairwise(bounds)), default=key.shape[2])
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     keep = trains and longest <= KEPT_LENGTH
     found: torch.Tensor = _function()(query, key, value, scale, bounds, prefix, keep)
@@ -85,7 +88,7 @@ def _parts(bounds: tuple[int, ...]) -> tuple[_Part, ...]:
     import torch
 
     groups: list[list[int]] = []
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     for index, length in enumerate(lengths):
         together = [lengths[i] for i in groups[-1]] if groups else []
         if together and min(*together, length) >= _ALIKE * max(*together, length):
@@ -127,7 +130,7 @@ def _bf16_products() -> Iterator[None]:
     """Let oneDNN round the operands of fp32 products to bf16, as which ours were born."""
     import torch
 
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
@@ -136,15 +139,23 @@ def _bf16_products() -> Iterator[None]:
         settings.fp32_precision = before
 
 
+def _flat(tensor: Any, keys: int) -> torch.Tensor:
+    """(rows, heads, length, width) by key heads: (rows * keys, heads a key * length, width)."""
+    rows, heads, length, width = tensor.shape
+    found: torch.Tensor = tensor.reshape(rows * keys, heads // keys * length, width)
+    return found
+
+
+def _after(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Keys or values of examples, with those of the prefix before each."""
+    import torch
+
+    return torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], 2) if prefix.shape[2] else own
+
+
 @cache
 def _function() -> Any:
     import torch
-
-    def flat(tensor: Any, keys: int) -> torch.Tensor:
-        """(rows, heads, length, width) by key heads: (rows * keys, heads a key * length, width)."""
-        rows, heads, length, width = tensor.shape
-        found: torch.Tensor = tensor.reshape(rows * keys, heads // keys * length, width)
-        return found
 
     def weights(q: Any, wide_k: Any, queries: int, scale: float) -> torch.Tensor:
         """Of the last queries over the keys given, (rows * keys, heads a key * queries, keys)."""
@@ -164,9 +175,9 @@ def _function() -> Any:
         kept = []
         with _bf16_products():
             for where in _chunks(rows, heads, length, key.shape[2]):
-                wide_k, v = flat(key[where], keys).float(), flat(value[where], keys)
+                wide_k, v = _flat(key[where], keys).float(), _flat(value[where], keys)
                 for start, end, upto in _blocks(length, key.shape[2] - length):
-                    p = weights(flat(query[where, :, start:end], keys), wide_k[:, :upto], end - start, scale)
+                    p = weights(_flat(query[where, :, start:end], keys), wide_k[:, :upto], end - start, scale)
                     found[where, :, start:end] = torch.bmm(p, v[:, :upto]).view(-1, heads, end - start, wide)
                     kept.append(p)
         return found, kept
@@ -177,11 +188,11 @@ def _function() -> Any:
         keys, total, wide = key.shape[1], key.shape[2], value.shape[-1]
         to_query, to_key, to_value = (torch.empty_like(t) for t in (query, key, value))
         for where in _chunks(rows, heads, length, total):
-            k, v = flat(key[where], keys), flat(value[where], keys)
-            wide_k = k.float() if kept is None else None
+            k, v = _flat(key[where], keys), _flat(value[where], keys)
+            wide_k = k.float() if kept is None else k
             sums: list[torch.Tensor] = []
             for start, end, upto in _blocks(length, total - length):
-                q, g = (flat(t[where, :, start:end], keys) for t in (query, gradient))
+                q, g = (_flat(t[where, :, start:end], keys) for t in (query, gradient))
                 if kept is None:
                     with _bf16_products():
                         p = weights(q, wide_k[:, :upto], end - start, scale)
@@ -202,13 +213,6 @@ def _function() -> Any:
             to_value[where] = sums[1].view(-1, keys, total, wide)
         return to_query, to_key, to_value
 
-    def after(prefix: Any, own: Any) -> torch.Tensor:
-        """Keys or values of examples, with those of the prefix before each."""
-        found: torch.Tensor = own
-        if prefix.shape[2]:
-            found = torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], 2)
-        return found
-
     class Attend(torch.autograd.Function):
         @staticmethod
         def forward(
@@ -220,11 +224,11 @@ def _function() -> Any:
                 found = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
                 begun = [t[:, :, :prefix] for t in (query, key, value)]
                 if prefix:
-                    of_prefix, kept = forward(*begun, scale)
+                    of_prefix, kept = forward(begun[0], begun[1], begun[2], scale)
                     found[:, :prefix] = of_prefix.transpose(1, 2)
                 for part in _parts(bounds):
                     q, k, v = (part.padded(t) for t in (query, key, value))
-                    of_part, weights = forward(q, after(begun[1], k), after(begun[2], v), scale)
+                    of_part, weights = forward(q, _after(begun[1], k), _after(begun[2], v), scale)
                     found[0, part.rows] = part.row(of_part)
                     kept += weights
             else:
@@ -246,14 +250,14 @@ def _function() -> Any:
             begun = [t[:, :, :prefix] for t in (query, key, value)]
             sums: list[torch.Tensor] = []  # of the prefix, over all that see it, in fp32
             if prefix:
-                of_prefix = backward(*begun, gradient[:, :, :prefix], scale, kept)
+                of_prefix = backward(begun[0], begun[1], begun[2], gradient[:, :, :prefix], scale, kept)
                 sums = [t.transpose(1, 2).float() for t in of_prefix]
             for part in _parts(bounds):
                 of_part = part.padded(gradient)
                 # The gradient of padding is none: it repeats a token that has one of its own.
                 of_part.transpose(1, 2).flatten(0, 1).index_fill_(0, part.padding, 0)
                 q, k, v = (part.padded(t) for t in (query, key, value))
-                k, v = after(begun[1], k), after(begun[2], v)
+                k, v = _after(begun[1], k), _after(begun[2], v)
                 to_q, *to_both = backward(q, k, v, of_part, scale, kept)
                 found[0][0, part.rows] = part.row(to_q)
                 for place, mine in enumerate(to_both, start=1):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-#: Logits held at once, in the head's type. On a CPU 256 positions of a vocabulary of 49,152: of 64 to 512 all but
-#: the fastest, and the head's weights are read a quarter as often as with 64.
+#: Logits held at once, in the head's type. On a CPU 256 positions of a vocabulary of 49,152: of 64 to 512
+#: all but the fastest, and the head's weights are read a quarter as often as with 64.
 LOGITS = {"cpu": 256 * 49_152, "cuda": 2**27}
 #: Shares held at once, in fp32; on a CPU those of 16 positions, which stay in its cache.
 SHARES = {"cpu": 16 * 49_152, "cuda": 2**27}
