@@ -26,6 +26,7 @@ from typing import Any
 #: Without Regret (Thinking Machines, 2025) for full and LoRA and its kin; PEFT's method comparison for the
 #: others.
 RANGES = {
+    "zero_shot": (1.0, 1.0),  # the untuned base, to compare with
     "full": (1e-5, 3e-4),
     "lora": (2e-4, 1e-2),
     "rslora": (2e-4, 1e-2),
@@ -87,7 +88,8 @@ def main() -> None:
         best = min(
             (t["loss"] for t in known if t["method"]["name"] == fixed["name"] and t["loss"]), default=math.inf
         )
-        for rate in settings.rates or spread(*RANGES[fixed["name"]], settings.points):
+        low, high = RANGES[fixed["name"]]
+        for rate in settings.rates or ([low] if low == high else spread(low, high, settings.points)):
             method = parse_method(fixed | {"learning_rate": rate})
             if json.dumps(method.model_dump(mode="json"), sort_keys=True) in have:
                 continue
@@ -133,23 +135,25 @@ def run(
     import torch
 
     from regraft.errors import InfeasibleTrialError
-    from regraft.evals import default_metrics
-    from regraft.evals.evaluate import evaluate
-    from regraft.evals.generation import generate
-    from regraft.models import prompt_ids
     from regraft.training.batches import bucket
-    from regraft.training.loop import LoopSettings, train
+    from regraft.training.loop import Layout, LoopSettings, evaluation_loss, train
+    from regraft.training.loss import supervised_positions_only
 
     base = method.load_base(folder, "bfloat16", "cpu")
     torch.manual_seed(0)
     model = method.apply(base)
+    pad = int(tokenizer.pad_token_id)
+    score: dict[str, Any] = {"method": method.model_dump(mode="json"), "loss": None, "rougeL": None}
+    if not method.trains:
+        with supervised_positions_only(base):
+            loss = evaluation_loss(model, asked, settings.tokens_per_batch, Layout("cpu", pad))
+        score["loss"] = round(loss, 4)
+        return score | {"rougeL": answered(model, tokenizer, held_out)}
     epoch = len(bucket(rows, settings.tokens_per_batch, rng=None))
     loop = LoopSettings(
         method.learning_rate, settings.steps / epoch, settings.tokens_per_batch, evaluations=1,
         packing=method.support.packs,
     )  # fmt: skip
-    score: dict[str, Any] = {"method": method.model_dump(mode="json"), "loss": None, "rougeL": None}
-    pad = int(tokenizer.pad_token_id)
     try:
         done = train(
             model, base, rows, asked, loop, pad_id=pad, device="cpu", report=lambda _: None,
@@ -161,11 +165,21 @@ def run(
     score |= {"tokens": done.tokens_seen, "seconds": round(done.seconds, 1)}
     if (done.eval_loss or math.inf) < best:
         model = model.eval().bfloat16() if method.kind == "full" else model.eval()
-        prompts = [prompt_ids(tokenizer, e.prompt) for e in held_out]
-        outputs = generate(model, tokenizer, prompts, max_new_tokens=64, batch_size=48)
-        report = evaluate(held_out, outputs, default_metrics(), dataset_id="rates", split="held out")
-        score["rougeL"] = round(report.means["rougeL"], 4)
+        score["rougeL"] = answered(model, tokenizer, held_out)
     return score
+
+
+def answered(model: Any, tokenizer: Any, held_out: list[Any]) -> float:
+    """ROUGE-L of the answers to the held-out chats."""
+    from regraft.evals import default_metrics
+    from regraft.evals.evaluate import evaluate
+    from regraft.evals.generation import generate
+    from regraft.models import prompt_ids
+
+    prompts = [prompt_ids(tokenizer, e.prompt) for e in held_out]
+    outputs = generate(model.eval(), tokenizer, prompts, max_new_tokens=64, batch_size=48)
+    report = evaluate(held_out, outputs, default_metrics(), dataset_id="rates", split="held out")
+    return round(report.means["rougeL"], 4)
 
 
 def table(trials: list[dict[str, Any]]) -> None:
@@ -175,12 +189,13 @@ def table(trials: list[dict[str, Any]]) -> None:
     )
     for name in dict.fromkeys(t["method"]["name"] for t in trials):
         own = sorted(
-            (t for t in trials if t["method"]["name"] == name), key=lambda t: t["method"]["learning_rate"]
+            (t for t in trials if t["method"]["name"] == name),
+            key=lambda t: t["method"].get("learning_rate", 0),
         )
         best = min(own, key=lambda t: t["loss"] or math.inf)
-        losses = ", ".join(f"{t['method']['learning_rate']:g}: {t['loss'] or 'diverged'}" for t in own)
+        losses = ", ".join(f"{t['method'].get('learning_rate', 0):g}: {t['loss'] or 'diverged'}" for t in own)
         sys.stdout.write(
-            f"| {name} | {best['method']['learning_rate']:g} | {best['loss']} | {best['rougeL']} "
+            f"| {name} | {best['method'].get('learning_rate', 0):g} | {best['loss']} | {best['rougeL']} "
             f"| {losses} |\n"
         )
 

@@ -23,7 +23,7 @@ class LoRA(TunerMethod):
     """
 
     label_fields: ClassVar[tuple[str, ...]] = ("rank", "learning_rate")
-    kept_inputs: ClassVar[float] = 2.0
+    kept_inputs: ClassVar[float] = 1.6
     support: ClassVar[Support] = Support(quantises=True, merges=True, mixes=True, plain_lora=True)
 
     name: Literal["lora"] = "lora"
