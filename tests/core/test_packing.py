@@ -22,7 +22,7 @@ from regraft.methods import METHOD_CLASSES, LoRA, Method
 from regraft.methods.base import trainable_parameters
 from regraft.training.batches import IGNORED, Encoded, collate, pack, shared_prefix
 from regraft.training.kernels import blocks, fast_kernels
-from regraft.training.loop import LoopSettings, train
+from regraft.training.loop import LoopSettings, checkpointing, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.packing import may_share, require_packable
 
@@ -137,6 +137,21 @@ def test_what_examples_begin_with_alike_is_computed_once_with_the_same_gradients
         assert off < (1e-4 if dtype == "float32" else 0.03)
 
 
+def test_a_packed_row_can_be_computed_again(tiny_model: Path) -> None:
+    found = []
+    for again in (False, True):
+        base = LoRA().load_base(tiny_model, "bfloat16", "cpu")
+        torch.manual_seed(0)
+        model = LoRA().apply(base).train()
+        with checkpointing(base, again):
+            found.append(
+                loss_and_gradients(model, base, [pack(begun_alike(), share=True).inputs], packed=True)
+            )
+    assert found[0][0] == found[1][0]
+    for mine, theirs in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_only_what_no_loss_is_taken_on_is_shared() -> None:
     same = (5, 6, 7, 8, 9, 10)
     first = Encoded((*same, 11, 12), (IGNORED,) * 6 + (11, 12))
@@ -196,6 +211,19 @@ def test_a_model_that_carries_a_state_along_is_refused() -> None:
     with pytest.raises(
         InfeasibleTrialError, match=r"packing: this model (gives other results|does not take)"
     ):
+        require_packable(base, ROWS, "cpu")
+
+
+def test_a_model_that_looks_back_over_a_few_tokens_is_refused(tiny_model: Path) -> None:
+    """As layers with a short convolution do: the first tokens of an example see the end of the one before."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+    def look_back(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.5 * torch.nn.functional.pad(output, (0, 0, 1, 0))[:, :-1]
+
+    base.model.layers[0].mlp.register_forward_hook(look_back)
+    base.config.regraft_test = "looks back"  # another kind of model than the plain one
+    with pytest.raises(InfeasibleTrialError, match="gives other results for examples that share a row"):
         require_packable(base, ROWS, "cpu")
 
 

@@ -220,10 +220,13 @@ def curve(kind: type[Method], folder: Path, workers: Workers) -> list[float | No
     torch.manual_seed(0)
     base = method.load_base(folder, "float32", "cpu")
     model = method.apply(base)
-    settings = LoopSettings(method.learning_rate, epochs=3, tokens_per_batch=32, evaluations=3)
-    outcome = train(
-        model, base, rows(), rows(), settings, pad_id=0, device="cpu", report=lambda _: None, workers=workers
+    settings = LoopSettings(
+        method.learning_rate, epochs=3, tokens_per_batch=32, evaluations=3, packing=kind.support.packs
     )
+    outcome = train(
+        model, base, rows(), rows(), settings, pad_id=0, device="cpu", report=lambda _: None, workers=workers,
+        hooks=method.hooks(model),
+    )  # fmt: skip
     return [p.eval_loss for p in outcome.points]
 
 
