@@ -16,8 +16,9 @@ from regraft.methods import Method, parse_method
 from regraft.models import load_tokenizer, pick_device, resolve
 from regraft.training.batches import Encoded, bucket, collate
 from regraft.training.encoding import encode
-from regraft.training.loop import LoopSettings, share_of_rate, train
+from regraft.training.loop import train
 from regraft.training.memory import peak_gib
+from regraft.training.steps import LoopSettings, share_of_rate
 
 EXAMPLE = Path(__file__).parents[1] / "examples/utility-support/data/train.jsonl"
 
@@ -207,10 +208,10 @@ def trl_default(work: Workload, folder: Path) -> Run:
 def planned(rows: Sequence[Encoded], work: Workload) -> list[list[Encoded]]:
     """The batches of Regraft's first epoch, in its order."""
     from regraft.training.distributed import Workers
-    from regraft.training.loop import _plan
+    from regraft.training.steps import plan_steps
 
     settings = LoopSettings(work.method.learning_rate, 1.0, work.tokens_per_batch)
-    return [step.groups[0] for step in _plan(rows, settings, Workers())]
+    return [step.groups[0] for step in plan_steps(rows, settings, Workers())]
 
 
 def _arguments(folder: Path, **changed: Any) -> Any:

@@ -138,9 +138,10 @@ def measure(
     """Train some steps; gives speed, utilisation and peak memory."""
     from regraft.methods import parse_method
     from regraft.training.batches import IGNORED, Encoded
-    from regraft.training.loop import LoopSettings, train
+    from regraft.training.loop import train
     from regraft.training.memory import device_gib, peak_gib, reset_peak
     from regraft.training.preflight import Batching, flops_per_token, matmul_rate, predict
+    from regraft.training.steps import LoopSettings
 
     method, path = parse_method(settings), Path(folder)
     batching = Batching(tokens, length)

@@ -139,8 +139,9 @@ def measure(
 
     from regraft.methods import parse_method
     from regraft.training.batches import IGNORED, Encoded
-    from regraft.training.loop import LoopSettings, train
+    from regraft.training.loop import train
     from regraft.training.memory import peak_gib, reset_peak
+    from regraft.training.steps import LoopSettings
 
     torch.set_num_threads(threads)
     method = parse_method(settings)

@@ -136,8 +136,9 @@ def run(
 
     from regraft.errors import InfeasibleTrialError
     from regraft.training.batches import bucket
-    from regraft.training.loop import Layout, LoopSettings, evaluation_loss, train
+    from regraft.training.loop import Layout, evaluation_loss, train
     from regraft.training.loss import supervised_positions_only
+    from regraft.training.steps import LoopSettings
 
     base = method.load_base(folder, "bfloat16", "cpu")
     torch.manual_seed(0)

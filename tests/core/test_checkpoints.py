@@ -17,7 +17,8 @@ from regraft.models import load_tokenizer
 from regraft.records import Example, Message
 from regraft.training.checkpoints import Checkpoints, versions_of
 from regraft.training.encoding import encode
-from regraft.training.loop import LoopSettings, train
+from regraft.training.loop import train
+from regraft.training.steps import LoopSettings
 from regraft.training.storage import Versions
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,8 @@ from regraft.errors import InfeasibleTrialError
 from regraft.methods import AdaLoRA, QLoRA
 from regraft.methods.base import trainable_parameters
 from regraft.training.batches import IGNORED, Encoded, collate
-from regraft.training.loop import LoopSettings, train
+from regraft.training.loop import train
+from regraft.training.steps import LoopSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHOD = AdaLoRA(rank=2, initial_rank=4, learning_rate=2e-2)

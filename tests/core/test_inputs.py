@@ -29,9 +29,11 @@ from regraft.training.batches import IGNORED, Encoded, collate
 from regraft.training.candidate import BaseCache, score
 from regraft.training.divergence import DivergenceWatch
 from regraft.training.encoding import Limits, encode, encode_all, evenly
-from regraft.training.loop import LoopSettings, train
+from regraft.training.loop import train
 from regraft.training.loss import supervised_positions_only
-from regraft.training.trial import TrialSpec, run_trial
+from regraft.training.spec import TrialSpec
+from regraft.training.steps import LoopSettings
+from regraft.training.trial import run_trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

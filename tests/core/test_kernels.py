@@ -21,8 +21,9 @@ from regraft.training.encoding import encode
 from regraft.training.kernels import fast_kernels
 from regraft.training.kernels.cross_entropy import linear_cross_entropy
 from regraft.training.kernels.norm import fused_norms
-from regraft.training.loop import LoopSettings, train
+from regraft.training.loop import train
 from regraft.training.loss import supervised_positions_only
+from regraft.training.steps import LoopSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +69,7 @@ def test_gradients_are_as_near_the_exact_ones_as_the_libraries_own(
     name: str, tiny_model: Path, batch: Batch
 ) -> None:
     """Exact: the same model in fp64 without any kernel. The libraries' own: bf16 without any kernel."""
-    from regraft.training.loop import autocast
+    from regraft.training.modes import autocast
 
     method = parse_method({"name": name})
     base = method.load_base(tiny_model, "bfloat16", "cpu")

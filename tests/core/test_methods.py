@@ -17,8 +17,9 @@ from regraft.models import prompt_ids
 from regraft.records import Example, Message
 from regraft.training.batches import Encoded, collate
 from regraft.training.encoding import encode
-from regraft.training.loop import Layout, LoopSettings, evaluation_loss, train
+from regraft.training.loop import Layout, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
+from regraft.training.steps import LoopSettings
 
 if TYPE_CHECKING:
     from torch import nn

@@ -22,9 +22,11 @@ from regraft.methods import METHOD_CLASSES, LoRA, Method
 from regraft.methods.base import trainable_parameters
 from regraft.training.batches import IGNORED, Encoded, collate, pack, shared_prefix
 from regraft.training.kernels import blocks, fast_kernels
-from regraft.training.loop import LoopSettings, checkpointing, train
+from regraft.training.loop import train
 from regraft.training.loss import supervised_positions_only
+from regraft.training.modes import checkpointing
 from regraft.training.packing import may_share, require_packable
+from regraft.training.steps import LoopSettings
 
 if TYPE_CHECKING:
     from torch import nn

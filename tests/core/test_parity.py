@@ -16,7 +16,8 @@ from regraft.training import loop as loops
 from regraft.training.batches import Encoded, collate
 from regraft.training.distributed import Workers
 from regraft.training.encoding import encode
-from regraft.training.loop import LoopSettings, share_of_rate, train
+from regraft.training.loop import train
+from regraft.training.steps import LoopSettings, share_of_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from regraft.errors import InfeasibleTrialError, ModelError
 from regraft.methods import METHOD_CLASSES, Full, LoRA, Method, PromptTuning, QLoRA, ZeroShot
 from regraft.methods.base import trainable_parameters
 from regraft.training.batches import IGNORED, Encoded, split
-from regraft.training.loop import LoopSettings, train
+from regraft.training.loop import train
 from regraft.training.memory import require_memory
 from regraft.training.preflight import (
     CARDS,
@@ -27,6 +27,7 @@ from regraft.training.preflight import (
     shape_of,
     trained_by,
 )
+from regraft.training.steps import LoopSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

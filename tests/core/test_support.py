@@ -25,8 +25,10 @@ from regraft.methods.base import trainable_parameters
 from regraft.training.batches import IGNORED, Encoded, collate, pack
 from regraft.training.distributed import Workers, data_parallel
 from regraft.training.kernels import fast_kernels
-from regraft.training.loop import LoopSettings, checkpointing, train
+from regraft.training.loop import train
 from regraft.training.loss import supervised_positions_only
+from regraft.training.modes import checkpointing
+from regraft.training.steps import LoopSettings
 
 if TYPE_CHECKING:
     from torch import nn

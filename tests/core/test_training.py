@@ -22,19 +22,14 @@ from regraft.training import loop as loops
 from regraft.training import trial as trials
 from regraft.training.batches import IGNORED, Encoded, bucket, collate
 from regraft.training.candidate import BaseCache, score
+from regraft.training.distributed import Workers
 from regraft.training.encoding import encode
-from regraft.training.loop import (
-    Layout,
-    LoopSettings,
-    Outcome,
-    Workers,
-    evaluation_loss,
-    share_of_rate,
-    train,
-)
+from regraft.training.loop import Layout, Outcome, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import least_gib, require_memory
-from regraft.training.trial import TrialSpec, run_trial
+from regraft.training.spec import TrialSpec
+from regraft.training.steps import LoopSettings, plan_steps, share_of_rate
+from regraft.training.trial import run_trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -306,7 +301,7 @@ def test_micro_batches_of_a_step_weigh_as_their_tokens_and_give_the_step_of_one_
 def test_workers_share_every_step_and_agree_on_its_tokens(size: int, accumulate: int) -> None:
     examples = [fake(10, supervised=n) for n in range(1, 8)]
     settings = LoopSettings(1e-3, epochs=2, tokens_per_batch=10, accumulate=accumulate)
-    plans = [loops._plan(examples, settings, Workers(rank, size)) for rank in range(size)]
+    plans = [plan_steps(examples, settings, Workers(rank, size)) for rank in range(size)]
     assert len({len(plan) for plan in plans}) == 1
     for step in zip(*plans, strict=True):
         assert len({len(s.groups) for s in step}) == 1

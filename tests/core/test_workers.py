@@ -19,7 +19,8 @@ from regraft.training.batches import Encoded
 from regraft.training.checkpoints import Checkpoints
 from regraft.training.distributed import Workers, data_parallel
 from regraft.training.encoding import encode
-from regraft.training.loop import LoopSettings, _plan, train
+from regraft.training.loop import train
+from regraft.training.steps import LoopSettings, plan_steps
 from regraft.training.storage import Versions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -243,8 +244,8 @@ def test_a_run_cut_short_goes_on_with_two_workers_or_with_the_one_that_is_left(
 def test_steps_are_the_same_whoever_is_there_to_do_them(size):
     rows = [Encoded((1,) * n, (1,) * n) for n in range(3, 12)]
     settings = LoopSettings(1e-3, epochs=2, tokens_per_batch=12, accumulate=2)
-    asked = _plan(rows, settings, Workers(0, 1, requested=4))
-    there = [_plan(rows, settings, Workers(rank, size, requested=4)) for rank in range(size)]
+    asked = plan_steps(rows, settings, Workers(0, 1, requested=4))
+    there = [plan_steps(rows, settings, Workers(rank, size, requested=4)) for rank in range(size)]
     for step, parts in zip(asked, zip(*there, strict=True), strict=True):
         assert {(p.supervised, p.tokens) for p in parts} == {(step.supervised, step.tokens)}
         assert len({len(p.groups) for p in parts}) == 1  # all run forward equally often

@@ -5,51 +5,31 @@ It takes a model whose trainable parameters are marked, and reports through a fu
 
 from __future__ import annotations
 
-import math
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.methods.base import trainable_parameters
 from regraft.methods.hooks import StepHooks
 from regraft.records import LossPoint
-from regraft.training.batches import Batch, Encoded, bucket, collate, pack, require_supervised, split
+from regraft.training.batches import Batch, Encoded, bucket, collate, pack, require_supervised
 from regraft.training.checkpoints import Checkpoints, Progress
 from regraft.training.distributed import Workers
 from regraft.training.divergence import DivergenceWatch
 from regraft.training.kernels import fast_kernels
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import freed_memory_kept
+from regraft.training.modes import autocast, checkpointing, compiled
 from regraft.training.packing import may_share, require_packable
 from regraft.training.sharding import gather, is_sharded, shard
+from regraft.training.steps import LoopSettings, make_optimiser, plan_steps, set_rate
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 Report = Callable[[LossPoint], None]
 Probe = Callable[[], dict[str, float]]
-
-
-class LoopSettings(NamedTuple):
-    """How to train. Lengths are in tokens."""
-
-    learning_rate: float
-    epochs: float
-    tokens_per_batch: int
-    warmup_fraction: float = 0.1
-    max_gradient_norm: float = 1.0
-    evaluations: int = 4
-    seed: int = 0
-    accumulate: int = 1
-    schedule: str = "linear"
-    weight_decay: float = 0.0
-    gradient_checkpointing: bool = False
-    micro_tokens: int = 0  #: Most that pass through at once; a batch is cut, its step stays the same.
-    packing: bool = False  #: Whether the examples of a batch share one row, without padding.
-    compile: bool = False  #: Whether the decoder's layers are compiled (torch.compile).
 
 
 class Layout(NamedTuple):
@@ -71,14 +51,6 @@ class Layout(NamedTuple):
         """The group on the device."""
         made = pack(group, share=self.share) if self.packed else collate(group, self.pad_id)
         return made.to(self.device)
-
-
-class Step(NamedTuple):
-    """One optimiser step: this worker's micro-batches, and the tokens of all workers."""
-
-    groups: tuple[list[Encoded], ...]
-    supervised: int
-    tokens: int
 
 
 class Outcome(NamedTuple):
@@ -139,10 +111,10 @@ def train(
     layout = _layout(model, base, train_set, settings, pad_id, device)
     shard(model, base, device, workers)  # before anything holds on to a parameter
     parameters = trainable_parameters(model)
-    plan = _plan(train_set, settings, workers)
+    plan = plan_steps(train_set, settings, workers)
     total = len(plan)
     hooks.begin(total)
-    optimiser = _optimiser(parameters, settings, hooks)
+    optimiser = make_optimiser(parameters, settings, hooks)
     marks = {round(total * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     points: list[LossPoint] = []
     seen, since_loss, since_tokens, started, paused = 0, 0.0, 0, time.monotonic(), 0.0
@@ -166,7 +138,7 @@ def train(
         wrapped = model if workers.shard else workers.wrap(model)
         for step, (groups, token_sum, tokens) in enumerate(plan[first - 1 :], start=first):
             wrapped.train()
-            rate = _set_rate(optimiser, settings, total, step)
+            rate = set_rate(optimiser, settings, total, step)
             # Random numbers follow from the step and the micro-batch's place in it: neither from when it was
             # reached, nor from who works on it.
             first_seed = settings.seed * 2**40 + step * 2**16 + workers.rank
@@ -236,55 +208,6 @@ def evaluation_loss(
     return workers.total(total) / sum(e.supervised for e in examples)
 
 
-def autocast(model: nn.Module, device: str) -> Any:
-    """bf16 autocast for a model that holds fp32 weights in its body, else nothing.
-
-    A bf16 base with fp32 adapters needs none: PEFT casts at the adapter.
-    """
-    import torch
-
-    weights = max(model.parameters(), key=lambda p: p.numel())
-    if weights.dtype is torch.float32 and weights.requires_grad:
-        return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
-def share_of_rate(schedule: str, total: int, warmup_fraction: float, step: int) -> float:
-    """The learning rate at a step (from 0), as a share of the highest.
-
-    Linear warm-up over the first steps; `linear` falls over the whole run, `cosine` over what follows the
-    warm-up, `constant` stays.
-    """
-    warmup = max(1, round(total * warmup_fraction))
-    rising = min(1.0, (step + 1) / warmup)
-    if step >= total:
-        return 0.0
-    if schedule == "linear":
-        return rising * (total - step) / total
-    if schedule == "cosine":
-        done = max(0, step - warmup) / max(1, total - warmup)
-        return rising * 0.5 * (1 + math.cos(math.pi * done))
-    return rising
-
-
-@contextmanager
-def checkpointing(base: Any, wanted: bool) -> Iterator[None]:
-    """Compute the base's activations again in the backward pass while open.
-
-    transformers makes the embeddings' outputs need a gradient, as a checkpoint whose inputs need none may
-    train nothing below it; that is taken back with the rest.
-    """
-    if not wanted:
-        yield
-        return
-    base.activation_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        base.activation_checkpointing_disable()
-        base.disable_input_require_grads()
-
-
 def _layout(
     model: nn.Module,
     base: nn.Module,
@@ -301,45 +224,8 @@ def _layout(
     return Layout(device, pad_id, packed=True, share=may_share(model, base, train_set, device))
 
 
-@contextmanager
-def compiled(base: Any, wanted: bool) -> Iterator[None]:
-    """Compile the base's decoder layers while open, one program for all of them, whatever the lengths."""
-    if not wanted:
-        yield
-        return
-    names = set(getattr(base, "_no_split_modules", None) or ())
-    layers = [module for module in base.modules() if type(module).__name__ in names]
-    for layer in layers:
-        layer.compile(dynamic=True)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._compiled_call_impl = None
-
-
-def _optimiser(parameters: list[Any], settings: LoopSettings, hooks: StepHooks) -> torch.optim.Optimizer:
-    """The method's own, or AdamW; weight decay spares vectors, which are norms, biases and scales."""
-    import torch
-
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    kept = [g for g in groups if g["params"]]
-    chosen = hooks.optimiser(kept, settings.learning_rate)
-    return chosen or torch.optim.AdamW(kept, lr=settings.learning_rate, fused=True)
-
-
 def _vocabulary(base: Any) -> int:
     return int(base.config.get_text_config().vocab_size)
-
-
-def _set_rate(optimiser: torch.optim.Optimizer, settings: LoopSettings, total: int, step: int) -> float:
-    share = share_of_rate(settings.schedule, total, settings.warmup_fraction, step - 1)
-    for group in optimiser.param_groups:
-        group["lr"] = settings.learning_rate * share
-    return settings.learning_rate * share
 
 
 def _gradients(
@@ -373,18 +259,3 @@ def _gradients(
 
 def _no_exchange(wrapped: Any, wanted: bool) -> Any:
     return wrapped.no_sync() if wanted and hasattr(wrapped, "no_sync") else nullcontext()
-
-
-def _plan(examples: Sequence[Encoded], settings: LoopSettings, workers: Workers) -> list[Step]:
-    """This worker's steps, in order; the same number on every worker, whatever their number."""
-    rng = random.Random(settings.seed)
-    steps: list[Step] = []
-    for _ in range(math.ceil(settings.epochs)):
-        groups = bucket(examples, settings.tokens_per_batch, rng=rng)
-        for start in range(0, len(groups), settings.accumulate * workers.wanted):
-            of_all = groups[start : start + settings.accumulate * workers.wanted]
-            supervised = sum(e.supervised for group in of_all for e in group)
-            tokens = sum(len(e.ids) for group in of_all for e in group)
-            pieces = [piece for group in of_all for piece in split(group, settings.micro_tokens)]
-            steps.append(Step(tuple(workers.share(pieces)), supervised, tokens))
-    return steps[: max(1, math.ceil(len(steps) * settings.epochs / math.ceil(settings.epochs)))]

@@ -9,8 +9,8 @@ from regraft.errors import InfeasibleTrialError
 from regraft.training.batches import IGNORED, Encoded, pack
 from regraft.training.kernels import fast_kernels
 
-#: Largest difference of a token's hidden state, relative to its size. bf16 kernels differ by a few hundredths; a
-#: token that sees into another example, if only by one, differs by its whole size.
+#: Largest difference of a token's hidden state, relative to its size. bf16 kernels differ by a few
+#: hundredths; a token that sees into another example, if only by one, differs by its whole size.
 _TOLERANCE = 0.25
 _SHORT = 24
 _FOUND: dict[tuple[str, str, str, bool], str | None] = {}

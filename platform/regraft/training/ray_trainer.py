@@ -10,7 +10,8 @@ from regraft.errors import InfeasibleTrialError
 from regraft.records import DatasetVersion
 from regraft.training.candidate import BaseCache
 from regraft.training.distributed import Workers, data_parallel
-from regraft.training.trial import TrialSpec, run_trial
+from regraft.training.spec import TrialSpec
+from regraft.training.trial import run_trial
 
 
 def run_with_ray_train(spec: TrialSpec, dataset_ref: Any, *, name: str, storage: str) -> None:

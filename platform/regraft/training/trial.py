@@ -13,22 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from regraft.config import EvaluateSection, ModelSection, SweepSection
 from regraft.data.dataset import union_of_evaluations
 from regraft.errors import InfeasibleTrialError
-from regraft.methods import Method, parse_method
+from regraft.methods import Method
 from regraft.methods.base import trainable_parameters
 from regraft.models import ResolvedModel, embedding_rows, load_tokenizer, pick_device, resolve
-from regraft.records import (
-    Cost,
-    DatasetVersion,
-    Example,
-    LossPoint,
-    Record,
-    TrialResult,
-    TrialStatus,
-    content_hash,
-)
+from regraft.records import Cost, DatasetVersion, Example, LossPoint, TrialResult, TrialStatus
 from regraft.tracking.runs import Tracker
 from regraft.tracking.trials import TrialRun
 from regraft.training.batches import Encoded
@@ -37,99 +27,19 @@ from regraft.training.checkpoints import Checkpoints, versions_of
 from regraft.training.distributed import Workers
 from regraft.training.encoding import Encodings, encode_evaluation, encode_train, evenly
 from regraft.training.kernels import fast_kernels
-from regraft.training.loop import Layout, LoopSettings, Outcome, evaluation_loss, train
+from regraft.training.loop import Layout, Outcome, evaluation_loss, train
 from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import device_gib, peak_gib, require_memory, reset_peak
 from regraft.training.packing import may_share, require_packable
 from regraft.training.preflight import Batching, micro_tokens
+from regraft.training.spec import TrialSpec
+from regraft.training.steps import LoopSettings
 
 _log = logging.getLogger(__name__)
-
-#: Raised whenever a change to training or evaluation makes earlier trials incomparable.
-TRIAL_VERSION = 4
 
 STOPPED_REASON = "stopped early: others did better at the same point"
 
 Report = Callable[[dict[str, Any]], None]
-
-
-class TrialSpec(Record):
-    """Everything that makes a trial what it is, and where it is to be recorded."""
-
-    sweep_id: str
-    sweep_run_id: str
-    experiment: str
-    tracking_uri: str
-    method: dict[str, Any]
-    model: ModelSection
-    base_revision: str
-    dataset_id: str
-    sweep: SweepSection
-    evaluate: EvaluateSection
-    storage: str = ""
-
-    @property
-    def parsed(self) -> Method:
-        """The method itself."""
-        return parse_method(self.method)
-
-    @property
-    def key(self) -> str:
-        """Hash of what decides the result. A finished trial with this key is never run again."""
-        decisive = {
-            "epochs",
-            "tokens_per_batch",
-            "max_length",
-            "too_long",
-            "warmup_fraction",
-            "max_gradient_norm",
-            "seed",
-            "accumulate",
-            "schedule",
-            "weight_decay",
-            "packing",
-        }
-        decisive |= {"workers_per_trial", "evaluations", "loss_examples"}
-        if self.sweep.shard:  # layers travel in bf16
-            decisive.add("shard")
-        return content_hash(
-            {
-                "version": TRIAL_VERSION,
-                "method": self.method,
-                "base": [self.base_revision, self.model.dtype],
-                "dataset": self.dataset_id,
-                "sweep": self.sweep.model_dump(mode="json", include=decisive),
-                "evaluate": self.evaluate.model_dump(mode="json"),
-            }
-        )
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """What people compare trials by: `method`, its fields, and the base model."""
-        fields = {("method" if k == "name" else k): v for k, v in self.method.items()}
-        fields.setdefault("learning_rate", 0.0)  # the control's: a chart leaves out runs that lack an axis
-        return fields | {"base_model": self.model.source, "base_revision": self.base_revision}
-
-    def result(self, status: TrialStatus, reason: str = "", **known: Any) -> TrialResult:
-        """A record of this trial, with whatever else is known of it."""
-        return TrialResult(
-            key=self.key,
-            sweep_id=self.sweep_id,
-            run_id=known.pop("run_id", ""),
-            label=self.parsed.label,
-            method=self.method,
-            base_model=self.model.source,
-            base_revision=self.base_revision,
-            dataset_id=self.dataset_id,
-            status=status,
-            reason=reason,
-            **known,
-        )
-
-    @property
-    def points(self) -> int:
-        """Progress points of a whole trial: the evaluations, and the end."""
-        return self.sweep.evaluations + 1
 
 
 def run_trial(

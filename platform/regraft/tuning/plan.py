@@ -19,7 +19,7 @@ from regraft.training.preflight import (
     predict,
     seconds,
 )
-from regraft.training.trial import TrialSpec
+from regraft.training.spec import TrialSpec
 
 
 class SweepPlan(NamedTuple):

@@ -21,7 +21,8 @@ from regraft.models import resolve
 from regraft.records import Cost, DatasetVersion, TrialResult
 from regraft.tracking.runs import Tracker
 from regraft.training.candidate import BaseCache
-from regraft.training.trial import STOPPED_REASON, TrialSpec, run_trial
+from regraft.training.spec import TrialSpec
+from regraft.training.trial import STOPPED_REASON, run_trial
 from regraft.tuning.plan import SweepPlan, by_ray_train, plan_sweep
 
 #: Clean bases of this process: a reused trial actor finds here what its last trial gave back.
