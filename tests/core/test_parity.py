@@ -17,7 +17,7 @@ from regraft.training.batches import Encoded, collate
 from regraft.training.distributed import Workers
 from regraft.training.encoding import encode
 from regraft.training.loop import train
-from regraft.training.steps import LoopSettings, share_of_rate
+from regraft.training.steps import LoopSettings, plan_steps, share_of_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ def test_losses_and_weights_are_those_of_the_trainer(
     monkeypatch.setattr(loops, "autocast", lambda *_: torch.autocast("cpu", enabled=False))
     rate, weights, losses = 1e-3, [], []
     loop = LoopSettings(rate, 1.0, 256, accumulate=accumulate)
-    plan = loops._plan(rows, loop, Workers())
+    plan = plan_steps(rows, loop, Workers())
     assert len(plan) >= 5
     assert all(len(step.groups) == accumulate for step in plan[:-1])
     plan = plan[: len(plan) - (len(plan[-1].groups) < accumulate)]  # a short last step is not Trainer's way
@@ -94,7 +94,7 @@ def test_losses_and_weights_are_those_of_the_trainer(
         torch.manual_seed(0)
         model = method.apply(base)
         if own:
-            monkeypatch.setattr(loops, "_plan", lambda *_: plan)
+            monkeypatch.setattr(loops, "plan_steps", lambda *_: plan)
             points: list[LossPoint] = []
             held_out = rows[:1]
             each = loop._replace(evaluations=len(plan))
