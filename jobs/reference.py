@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -51,6 +52,8 @@ that does more or less than it declares fails there. A configuration that asks f
 is refused before anything starts.
 
 """
+#: Types under other names than Python's.
+_PLAIN = {"str": "text", "Path": "path", "NoneType": "null", "Constraint": "text"}
 
 
 def schema() -> str:
@@ -120,13 +123,22 @@ def _table(cls: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
 
 
 def _type(annotation: Any) -> str:
-    text = getattr(annotation, "__name__", None) if isinstance(annotation, type) else None
-    text = text if text and not get_args(annotation) else str(annotation)
-    for noise in ("typing.", "pathlib.", "regraft.config.", "regraft.evals.", "<class '", "'>"):
-        text = text.replace(noise, "")
-    if "discriminator" in text:
-        text = "list of metrics"
-    return "`" + text.replace("|", "\\|").replace("NoneType", "null").replace("None", "null") + "`"
+    return "`" + _words(annotation).replace("|", "\\|") + "`"
+
+
+def _words(annotation: Any) -> str:
+    """A type as a reader of YAML knows it."""
+    kind, inside = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        return "metric" if annotation is AnyMetric else _words(inside[0])
+    if kind in (Literal, Union, UnionType):
+        return " | ".join(part if isinstance(part, str) else _words(part) for part in inside)
+    if kind in (tuple, list):
+        return f"list of {_words(inside[0])}"
+    if kind is dict:
+        return f"mapping of {_words(inside[1])}" if inside[1] is not Any else "mapping"
+    name = annotation.__name__
+    return "mapping" if name.endswith("Section") else _PLAIN.get(name, name)
 
 
 def _default(field: Any) -> str:
