@@ -57,7 +57,7 @@ def _show_trials(experiment: Experiment, base: Path, tokens: int) -> None:
 
     table = Table(title="Trials: predicted peak memory, and time of training")
     for name in ("trial", "runs", "memory", "time", ""):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for row in describe(experiment, base, tokens):
         table.add_row(*row)
     console.print(table)
@@ -71,10 +71,11 @@ def _show_cards(experiment: Experiment, base: Path) -> None:
     batching = Batching.of(sweep, experiment.evaluate)
     table = Table(
         title=f"{shape_of(base).parameters / 1e9:.2f} billion parameters, {sweep.tokens_per_batch} tokens a "
-        f"batch, {sweep.max_length} a row: predicted for CUDA, not measured there"
+        f"batch, {sweep.max_length} a row: predicted for CUDA, not measured there",
+        show_lines=True,
     )
     for name in ("trial", "one card needs", *CARDS):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for method in sweep.expanded():
         memory = predict(method, base, "bfloat16", "cuda", batching)
         fits = [on_card(method, base, batching, size) for size in CARDS.values()]
