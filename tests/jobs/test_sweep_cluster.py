@@ -155,12 +155,12 @@ def fragile(config):
     import ray
     import torch
 
-    from regraft.training import loop
+    from regraft.training import steps
     from regraft.training.checkpoints import Checkpoints
     from regraft.training.ray_trainer import train_worker
 
     diary, own = Path(config["diary"]), ray.get_runtime_context().get_node_id()
-    restore, rate = Checkpoints.restore, loop.share_of_rate
+    restore, rate = Checkpoints.restore, steps.share_of_rate
 
     def note(self, *args):
         found = restore(self, *args)
@@ -185,7 +185,7 @@ def fragile(config):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "restore", note)
-        patch.setattr(loop, "share_of_rate", fail)
+        patch.setattr(steps, "share_of_rate", fail)
         train_worker(config)
 
 
