@@ -33,7 +33,7 @@ class AdaLoRA(TunerMethod):
     support: ClassVar[Support] = Support(quantises=True, merges=True, mixes=True, plain_lora=True)
 
     name: Literal["adalora"] = "adalora"
-    learning_rate: float = Field(2e-3, gt=0, le=1e-1)
+    learning_rate: float = Field(1e-2, gt=0, le=1e-1)
     rank: int = Field(8, ge=1, le=1024, description="Triplets a layer, on average, at the end.")
     initial_rank: int | None = Field(
         None,

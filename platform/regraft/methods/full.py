@@ -24,7 +24,7 @@ class Full(Method):
     keeps_base: ClassVar[bool] = False
 
     name: Literal["full"] = "full"
-    learning_rate: float = Field(5e-5, gt=0, le=1e-2)
+    learning_rate: float = Field(1e-4, gt=0, le=1e-2)
 
     def apply(self, base: nn.Module) -> nn.Module:
         """Unfreeze everything, in fp32."""

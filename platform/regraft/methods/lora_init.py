@@ -73,3 +73,4 @@ class OLoRA(FromWeights):
 
     start: ClassVar[str] = "olora"
     name: Literal["olora"] = "olora"  # type: ignore[assignment]
+    learning_rate: float = Field(5e-4, gt=0, le=1e-1)

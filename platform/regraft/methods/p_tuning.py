@@ -17,7 +17,7 @@ class PTuning(SoftPromptMethod):
     """Train an encoder that writes the virtual tokens; only what it writes is kept."""
 
     name: Literal["p_tuning"] = "p_tuning"
-    learning_rate: float = Field(2e-3, gt=0, le=1)
+    learning_rate: float = Field(2e-2, gt=0, le=1)
     encoder_hidden_size: int = Field(128, ge=1)
 
     def apply(self, base: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ class PrefixTuning(SoftPromptMethod):
     support: ClassVar[Support] = SoftPromptMethod.support._replace(recomputes=False)
 
     name: Literal["prefix_tuning"] = "prefix_tuning"
-    learning_rate: float = Field(1e-2, gt=0, le=10)
+    learning_rate: float = Field(1e-1, gt=0, le=10)
     initial_text: str | None = Field(
         INITIAL_TEXT,
         min_length=1,

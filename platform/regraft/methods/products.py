@@ -19,7 +19,7 @@ class _Product(TunerMethod):
     kept_weights: ClassVar[float] = 7.0
     slowness: ClassVar[float] = 4.8
 
-    learning_rate: float = Field(1e-2, gt=0, le=1)
+    learning_rate: float = Field(2e-2, gt=0, le=1)
     rank: int = Field(8, ge=1, le=1024)
     alpha: Alpha = Field("rank", description="Scale: a number, `rank`, or `double`, twice the rank.")
 

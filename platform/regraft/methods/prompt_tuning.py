@@ -21,7 +21,7 @@ class PromptTuning(SoftPromptMethod):
     """
 
     name: Literal["prompt_tuning"] = "prompt_tuning"
-    learning_rate: float = Field(1e-1, gt=0, le=10)
+    learning_rate: float = Field(3e-1, gt=0, le=10)
     initial_text: str | None = Field(
         INITIAL_TEXT,
         min_length=1,

@@ -23,7 +23,7 @@ class VeRA(TunerMethod):
     support: ClassVar[Support] = Support(quantises=True, merges=True)
 
     name: Literal["vera"] = "vera"
-    learning_rate: float = Field(5e-2, gt=0, le=1)
+    learning_rate: float = Field(1e-1, gt=0, le=1)
     rank: int = Field(256, ge=1, le=4096)
     dropout: float = Field(0.0, ge=0, lt=1)
     projection_seed: int = Field(0, ge=0, description="Seed of the random pair.")
