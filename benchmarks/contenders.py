@@ -36,6 +36,7 @@ class Workload(NamedTuple):
     max_length: int
     device: str
     packing: bool
+    micro_tokens: int = 0
 
     @classmethod
     def load(cls, settings: Any, make: Callable[..., list[Any]]) -> Workload:
@@ -59,6 +60,7 @@ class Workload(NamedTuple):
             settings.max_length,
             device,
             not settings.padded,
+            settings.micro_tokens,
         )
 
     @property
@@ -86,8 +88,9 @@ def regraft(work: Workload, folder: Path) -> Run:
 
     def run(rows: Sequence[Encoded]) -> dict[str, Any]:
         settings = LoopSettings(
-            work.method.learning_rate, 1.0, work.tokens_per_batch, evaluations=1, packing=work.packing
-        )
+            work.method.learning_rate, 1.0, work.tokens_per_batch, evaluations=1, packing=work.packing,
+            micro_tokens=work.micro_tokens,
+        )  # fmt: skip
         # What a trial evaluates at its points is not training: one short row.
         held_out = [min(rows, key=lambda r: len(r.ids))]
         with counted(base) as tokens:

@@ -71,6 +71,9 @@ def main() -> None:
     words.add_argument(
         "--padded", action="store_true", help="Regraft pads its batches instead of packing them"
     )
+    words.add_argument(
+        "--micro-tokens", type=int, default=0, help="Regraft passes a step through in parts of so many tokens"
+    )
     words.add_argument("--chats", type=int, help="conversations in a round")
     words.add_argument("--rounds", type=int, help="rounds of each contender")
     words.add_argument("--seed", type=int, default=0)
