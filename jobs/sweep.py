@@ -39,7 +39,7 @@ def sweep(
     from regraft.selection.rank import rank
     from regraft.tuning.sweep import run_sweep
 
-    plan, run_id, results = run_sweep(
+    plan, run_id, results, left_out = run_sweep(
         experiment,
         dataset,
         tracking_uri=connection.tracking_uri,
@@ -55,6 +55,8 @@ def sweep(
         level=experiment.select.confidence,
         resamples=experiment.select.resamples,
     )
+    for line in left_out:
+        say(f"left out: {line}")
     connection.tracker(experiment).finish_sweep(run_id, board)
     return board, results, run_id
 

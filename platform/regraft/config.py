@@ -24,8 +24,8 @@ from regraft.evals import AnyMetric, default_metrics
 from regraft.explain import did_you_mean, dotted, explain, explain_method, place
 from regraft.methods import METHODS_BY_NAME, Method
 from regraft.methods.base import DTypeName
-from regraft.methods.search import SearchError, expand
-from regraft.records import Cost, Speed, content_hash
+from regraft.records import Cost, Speed
+from regraft.search import AnySearch, AnyStopping, Arm, Asha, Grid, SearchError, arms, expand
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
@@ -78,14 +78,35 @@ ScheduleName = Literal["linear", "cosine", "constant"]
 TooLong = Literal["refuse", "drop", "truncate"]
 
 
-class AshaSection(Section):
-    """Asynchronous successive halving (Li et al., arXiv:1810.05934) over evaluation points."""
+class FinalistsSection(Section):
+    """Repeats of the best over seeds: what a single run owes to luck shows in the spread."""
 
-    grace: int = Field(2, ge=1, description="Evaluation points before a trial may be stopped.")
-    reduction: float = Field(3.0, gt=1, description="Of those that reach a rung, one in this many goes on.")
-    peers: int = Field(
-        3, ge=1, description="Trials that must have reached a point before one is stopped there."
-    )
+    count: int = Field(3, ge=1, description="How many of the best methods are repeated.")
+    seeds: int = Field(3, ge=2, description="Runs of each, with the one that was found.")
+
+
+class BudgetSection(Section):
+    """What a sweep may take; whichever bound is met first ends it. Unset means no bound."""
+
+    trials: int | None = Field(None, ge=1, description="Trials started, those found finished not counted.")
+    hours: float | None = Field(None, gt=0, description="Wall-clock from the start of the sweep.")
+    gpu_hours: float | None = Field(None, gt=0, description="Hours times GPUs, of all trials together.")
+    money: float | None = Field(None, gt=0, description="By cluster.prices, in their currency.")
+
+
+class DevicesSection(Section):
+    """What one worker of a trial holds, and how many workers there are."""
+
+    cpus: float | None = Field(None, gt=0)
+    gpus: float | None = Field(None, ge=0, description="A fraction shares a GPU, without isolating memory.")
+    workers: int | None = Field(None, ge=1)
+
+
+class LeaveSection(Section):
+    """Capacity of the cluster that the sweep does not touch."""
+
+    cpus: float = Field(0, ge=0)
+    gpus: float = Field(0, ge=0)
 
 
 class SweepSection(Section):
@@ -132,11 +153,14 @@ class SweepSection(Section):
     answers_at_points: int = Field(
         0, ge=0, description="Evaluation examples answered and scored at each point, beside the loss."
     )
-    asha: AshaSection | None = AshaSection()
+    search: AnySearch = Field(Grid(), description="How the lists and ranges of the methods are searched.")
+    stopping: AnyStopping | None = Field(Asha(), description="When a trial is ended early; null for never.")
+    finalists: FinalistsSection | None = Field(None, description="Repeat the best over several seeds.")
+    budget: BudgetSection = BudgetSection()
     checkpoint_seconds: float = Field(
         300, ge=0, description="Least time between checkpoints, from which a trial cut short goes on."
     )
-    samples: int = Field(1, ge=1, description="Draws for each grid point whose method has a range.")
+    samples: int = Field(1, ge=1, description="Draws for each grid point whose method has a range (grid).")
     seed: int = 0
     cpus_per_trial: float = Field(1, gt=0)
     gpus_per_trial: float = Field(0, ge=0)
@@ -153,6 +177,10 @@ class SweepSection(Section):
         False, description="Split the weights over a trial's workers (FSDP2) instead of copying them (DDP)."
     )
     ray_train: tuple[str, ...] = Field((), description="Methods that run as Ray Train even with one worker.")
+    devices: dict[str, DevicesSection] = Field(
+        {}, description="By method, where it needs others than cpus_per_trial and so on say."
+    )
+    leave: LeaveSection = LeaveSection()
     max_concurrent: int | None = Field(None, ge=1)
     trial_memory_gib: float | None = Field(
         None,
@@ -195,13 +223,26 @@ class SweepSection(Section):
                         raise ValueError(f"methods.{index}: {name} does not train with sweep.{field}")
         return self
 
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The space to search."""
+        return tuple(arm for entry in self.methods for arm in arms(entry))
+
     def expanded(self) -> tuple[Method, ...]:
-        """All methods to try, concrete, without repeats."""
-        found: dict[str, Method] = {}
-        for entry in self.methods:
-            for method in expand(entry, samples=self.samples, seed=self.seed):
-                found.setdefault(content_hash(method.model_dump(mode="json")), method)
-        return tuple(found.values())
+        """The methods to try, concrete, without repeats; of a search that learns, those known beforehand."""
+        return self.search.preview(self.arms, samples=self.samples, seed=self.seed)
+
+    def of(self, method: Method) -> SweepSection:
+        """This section as it holds for one method: with its own devices."""
+        own = self.devices.get(method.name)
+        if own is None:
+            return self
+        named = {"cpus": "cpus_per_trial", "gpus": "gpus_per_trial", "workers": "workers_per_trial"}
+        update: dict[str, Any] = {named[k]: v for k, v in own.model_dump(exclude_none=True).items()}
+        if own.workers is not None:
+            update["min_workers"] = min(self.min_workers, own.workers) if self.min_workers else None
+            update["shard"] = self.shard and own.workers > 1
+        return self.model_copy(update=update)
 
 
 class EvaluateSection(Section):
@@ -307,6 +348,11 @@ class ClusterSection(Section):
     num_gpus: int | None = Field(None, ge=0)
     dashboard_port: int = Field(8265, ge=0, le=65535)
     storage: str | None = Field(None, description="Folder or URI that all nodes reach, for Ray's own state.")
+    prices: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {},
+        description="Price of an hour of one CPU and of one GPU, or of accelerators by name: the dearest "
+        "of several counts.",
+    )
 
 
 class Experiment(Section):
@@ -332,12 +378,19 @@ class Experiment(Section):
                 f"select.maximise: is {self.select.maximise!r}, but evaluate.metrics gives {sorted(names)}"
             )
         figures = names | {"eval_loss"} | set(Cost.model_fields) | set(Speed.model_fields) - {"how"}
-        for index, constraint in enumerate(self.select.subject_to):
-            if constraint.metric not in figures:
-                raise ValueError(
-                    f"select.subject_to.{index}: no trial records {constraint.metric!r}"
-                    + (did_you_mean(constraint.metric, figures) or f"; there are {sorted(figures)}")
-                )
+        used = {f"select.subject_to.{i}": c.metric for i, c in enumerate(self.select.subject_to)}
+        for aim in ("minimise", "maximise"):
+            used |= {f"sweep.search.{aim}.{i}": n for i, n in enumerate(getattr(self.sweep.search, aim, ()))}
+        for where, name in used.items():
+            if name not in figures:
+                hint = did_you_mean(name, figures) or f"; there are {sorted(figures)}"
+                raise ValueError(f"{where}: no trial records {name!r}{hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _priced(self) -> Experiment:
+        if self.sweep.budget.money is not None and not self.cluster.prices:
+            raise ValueError("sweep.budget.money: needs cluster.prices, as {CPU: 0.05, GPU: 2.0} an hour")
         return self
 
     @classmethod
@@ -408,13 +461,14 @@ class Experiment(Section):
                 ) from error
             except ValidationError as error:
                 raise explain_method(path, tree, where, entry, error) from error
-        known = {m.name for m in self.sweep.expanded()}
-        for name in self.sweep.ray_train:
-            if name not in known:
-                raise ConfigError(
-                    f"{place(path, tree, ('sweep', 'ray_train'))}: sweep.ray_train: {name!r} is not swept",
-                    f"name one of {sorted(known)}",
-                )
+        known = {arm.method for arm in self.sweep.arms}
+        for field in ("ray_train", "devices"):
+            for name in getattr(self.sweep, field):
+                if name not in known:
+                    raise ConfigError(
+                        f"{place(path, tree, ('sweep', field))}: sweep.{field}: {name!r} is not swept",
+                        f"name one of {sorted(known)}",
+                    )
 
 
 def _constraint(value: Any) -> Any:

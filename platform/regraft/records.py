@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["system", "user", "assistant"]
-TrialStatus = Literal["completed", "stopped", "infeasible", "failed"]
+#: `stopped` by a rule, for good; `cancelled` from outside, and worth going on with.
+TrialStatus = Literal["completed", "stopped", "infeasible", "failed", "cancelled"]
 
 
 def content_hash(value: Any, length: int = 16) -> str:
@@ -202,6 +203,17 @@ class TrialResult(Record):
     def is_control(self) -> bool:
         """Whether this trial is the untuned base model, with examples in its prompt or without."""
         return self.method.get("name") in {"zero_shot", "few_shot"}
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """All figures by the names that constraints and searches use."""
+        found = dict(self.report.means) if self.report else {}
+        if self.eval_loss is not None:
+            found["eval_loss"] = self.eval_loss
+        found |= {k: float(v) for k, v in self.cost.model_dump().items()}
+        if self.speed is not None:
+            found |= {k: float(v) for k, v in self.speed.model_dump(exclude={"how"}).items()}
+        return found
 
 
 class Interval(Record):

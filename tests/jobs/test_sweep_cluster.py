@@ -56,7 +56,7 @@ def test_a_sweep_uses_both_nodes_and_records_every_trial(
     experiment = Experiment.load(tiny_experiment)
     dataset = load_dataset(experiment.name, experiment.data)
     lines: list[str] = []
-    _, run_id, results = run_sweep(
+    _, run_id, results, _ = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lines.append
     )
     assert {r.label: r.status for r in results} == {
@@ -76,7 +76,7 @@ def test_a_sweep_uses_both_nodes_and_records_every_trial(
 
     # The same sweep again: everything is found, nothing is run.
     again: list[str] = []
-    _, same_run, found = run_sweep(
+    _, same_run, found, _ = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=again.append
     )
     assert same_run == run_id
@@ -110,7 +110,7 @@ def test_a_trial_that_cannot_fit_is_infeasible_with_its_reason_and_the_sweep_goe
     sweep = sweep.model_copy(update={"trial_memory_gib": (small + large) / 2})
     experiment = experiment.model_copy(update={"sweep": sweep, "name": "tight"})
     dataset = load_dataset(experiment.name, experiment.data)
-    plan, _, results = run_sweep(
+    plan, _, results, _ = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lambda _: None
     )
     by_rank = {r.method.get("rank"): r for r in results}
@@ -136,7 +136,7 @@ def test_a_trial_sharded_over_two_workers_is_scored_and_kept_as_any_other(
     )
     experiment = experiment.model_copy(update={"sweep": sweep, "name": "two-workers"})
     dataset = load_dataset(experiment.name, experiment.data)
-    _, _, (result,) = run_sweep(
+    _, _, (result,), _ = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lambda _: None
     )
     assert result.status == "completed", result.reason

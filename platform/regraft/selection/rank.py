@@ -32,17 +32,6 @@ class Bound(Protocol):
 _PRICES = ("train_seconds", "memory_peak_gib", "latency_p95_ms")
 
 
-def figures(trial: TrialResult) -> dict[str, float]:
-    """All figures of a trial by the names that constraints use."""
-    found = dict(trial.report.means) if trial.report else {}
-    if trial.eval_loss is not None:
-        found["eval_loss"] = trial.eval_loss
-    found |= {k: float(v) for k, v in trial.cost.model_dump().items()}
-    if trial.speed is not None:
-        found |= {k: float(v) for k, v in trial.speed.model_dump(exclude={"how"}).items()}
-    return found
-
-
 def rank(
     trials: Sequence[TrialResult],
     *,
@@ -108,7 +97,7 @@ def _row(trial: TrialResult, place: int | None, reason: str) -> LeaderboardRow:
         method=trial.method,
         status=trial.status,
         reason=reason,
-        metrics=figures(trial),
+        metrics=trial.figures,
         is_control=trial.is_control,
     )
 
@@ -121,7 +110,7 @@ def _quality(trial: TrialResult, objective: str) -> float:
 def _pareto_front(trials: Sequence[TrialResult], objective: str) -> set[str]:
     """Keys of trials that no other beats or equals in everything while beating it in something."""
     points = {
-        t.key: (_quality(t, objective), *(-figures(t).get(price, float("inf")) for price in _PRICES))
+        t.key: (_quality(t, objective), *(-t.figures.get(price, float("inf")) for price in _PRICES))
         for t in trials
     }
     return {
@@ -135,14 +124,14 @@ def _pareto_front(trials: Sequence[TrialResult], objective: str) -> set[str]:
 
 
 def _meets(trial: TrialResult, bound: Bound) -> bool:
-    value = figures(trial).get(bound.metric)
+    value = trial.figures.get(bound.metric)
     if value is None:
         return False
     return value <= bound.bound if bound.sense == "<=" else value >= bound.bound
 
 
 def _say_broken(trial: TrialResult, bound: Bound) -> str:
-    value = figures(trial).get(bound.metric)
+    value = trial.figures.get(bound.metric)
     had = "not recorded" if value is None else f"{value:.4g}"
     return f"{bound.metric} is {had}, not {bound.sense} {bound.bound:g}"
 

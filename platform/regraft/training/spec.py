@@ -86,6 +86,12 @@ class TrialSpec(Record):
         )
 
     @property
+    def named(self) -> str:
+        """The label, with the seed where it is not 0."""
+        seed = f" seed={self.sweep.seed}" if self.sweep.seed else ""
+        return self.parsed.label + seed
+
+    @property
     def points(self) -> int:
         """Progress points of a whole trial: the evaluations, and the end."""
         return self.sweep.evaluations + 1
