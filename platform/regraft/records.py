@@ -180,6 +180,7 @@ class TrialResult(Record):
     """One trial of a sweep: what it was, what came of it, where it is kept.
 
     `data` counts what became of the examples it trained on and took its loss over: kept, dropped, truncated.
+    `repeat_of` is the key of the trial that this one repeats with another seed.
     """
 
     key: str
@@ -192,6 +193,8 @@ class TrialResult(Record):
     dataset_id: str
     status: TrialStatus
     reason: str = ""
+    seed: int = 0
+    repeat_of: str = ""
     logged_model_id: str | None = None
     eval_loss: float | None = None
     cost: Cost = Cost()
@@ -226,7 +229,11 @@ class Interval(Record):
 
 
 class LeaderboardRow(Record):
-    """One candidate of a leaderboard."""
+    """One candidate of a leaderboard.
+
+    Of one that was repeated, `quality` is over the examples' means of all its seeds, and `seeds` are the seeds'
+    own means; key, run and metrics are those of the first.
+    """
 
     rank: int | None
     key: str
@@ -236,6 +243,7 @@ class LeaderboardRow(Record):
     status: TrialStatus
     reason: str = ""
     quality: Interval | None = None
+    seeds: tuple[float, ...] = ()
     metrics: dict[str, float] = {}
     on_pareto_front: bool = False
     is_control: bool = False

@@ -1,8 +1,8 @@
 """What a YAML says of the methods to try: every field may be a value, a list or a range.
 
-An entry of `sweep.methods` becomes an *arm*: one method, with fields that are fixed, chosen from a list, or
-drawn from a range (`{loguniform: [low, high]}`, `{uniform: [low, high]}`). A field exists only where the method
-has it, so the whole space is conditional on the method.
+An entry of `sweep.methods` becomes an *arm*: one method, with fields that are fixed, chosen from a list,
+or drawn from a range (`{loguniform: [low, high]}`, `{uniform: [low, high]}`). A field exists only where the
+method has it, so the whole space is conditional on the method.
 """
 
 from __future__ import annotations

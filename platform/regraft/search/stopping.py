@@ -1,8 +1,8 @@
 """When a trial is not worth finishing. Pure rules over evaluation points; they know no Ray.
 
-Points are spread evenly over a trial's tokens, so that the axis is the share of its training, the same for every
-batch size. Trials are compared within a bracket: by default those of one method, because a method that starts
-slowly, as soft prompts do, would be ended by another's fast start and never show what it comes to.
+Points are spread evenly over a trial's tokens, so that the axis is the share of its training, the same for
+every batch size. Trials are compared within a bracket: by default those of one method, because a method that
+starts slowly, as soft prompts do, would be ended by another's fast start and never show what it comes to.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Asha(Stopping):
 
 
 class Median(Stopping):
-    """Ends what is at its best worse than the median of the others' running means (Vizier: Golovin et al., 2017)."""
+    """Ends what at its best is worse than the median of the others' running means (Vizier: Golovin, 2017)."""
 
     name: Literal["median"] = "median"
 

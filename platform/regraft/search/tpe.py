@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,7 +17,7 @@ from regraft.search.space import Arm, Range
 if TYPE_CHECKING:
     import optuna
 
-#: How often a proposal that was made before is asked anew, before the space counts as exhausted.
+#: How often a proposal that was made before is asked anew, and then drawn, before the space is exhausted.
 _PATIENCE = 50
 
 
@@ -65,23 +67,25 @@ class _Study(Proposer):
         self._settings, self._arms = settings, list(arms)
         self._fixed = [parse_method(arm.fixed) for arm in arms if not arm.is_open]
         self._open = {str(index): arm for index, arm in enumerate(arms) if arm.is_open}
-        self._asked = 0
+        self._asked, self._rng = 0, random.Random(seed)
         self._running: dict[str, optuna.Trial] = {}
         self._seen: dict[str, Outcome | None] = {}
-        self._study = optuna.create_study(
-            directions=[
-                *(optuna.study.StudyDirection.MINIMIZE for _ in settings.minimise),
-                *(optuna.study.StudyDirection.MAXIMIZE for _ in settings.maximise),
-            ],
-            sampler=optuna.samplers.TPESampler(
-                seed=seed,
-                n_startup_trials=settings.startup,
-                multivariate=True,
-                group=True,  # fields of one arm are modelled together, apart from those of the others
-                constant_liar=True,  # several trials run at once: do not propose beside them
-                warn_independent_sampling=False,
-            ),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group, multivariate
+            self._study = optuna.create_study(
+                directions=[
+                    *(optuna.study.StudyDirection.MINIMIZE for _ in settings.minimise),
+                    *(optuna.study.StudyDirection.MAXIMIZE for _ in settings.maximise),
+                ],
+                sampler=optuna.samplers.TPESampler(
+                    seed=seed,
+                    n_startup_trials=settings.startup,
+                    multivariate=True,
+                    group=True,  # fields of one arm are modelled together, apart from those of the others
+                    constant_liar=True,  # several trials run at once: do not propose beside them
+                    warn_independent_sampling=False,
+                ),
+            )
 
     def ask(self) -> Method | None:
         """The next method that was not proposed before; None after `trials`, or if the space is exhausted."""
@@ -92,7 +96,11 @@ class _Study(Proposer):
             self._asked += 1
             self._seen.setdefault(key(method), None)
             return method
-        for _ in range(_PATIENCE if self._open else 0):
+        for attempt in range(2 * _PATIENCE if self._open else 0):
+            if attempt >= _PATIENCE:  # it clings to what it knows: draw something else
+                drawn = self._place(parse_method(self._rng.choice(list(self._open.values())).draw(self._rng)))
+                assert drawn is not None
+                self._study.enqueue_trial(drawn[0])
             trial = self._study.ask()
             method = parse_method(self._suggest(trial))
             name = key(method)

@@ -26,6 +26,7 @@ class TrialSpec(Record):
     sweep: SweepSection
     evaluate: EvaluateSection
     storage: str = ""
+    repeat_of: str = ""
 
     @property
     def parsed(self) -> Method:
@@ -82,6 +83,8 @@ class TrialSpec(Record):
             dataset_id=self.dataset_id,
             status=status,
             reason=reason,
+            seed=self.sweep.seed,
+            repeat_of=self.repeat_of,
             **known,
         )
 

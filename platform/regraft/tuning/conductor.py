@@ -1,7 +1,7 @@
 """Which trial starts next, and when: search, capacity, budget and repeats in one place. Knows no Ray.
 
-The runner asks for the next trial whenever it could start one, and says what came of each. A trial that does not
-fit yet is held, and nothing overtakes it: a wide one is not starved by narrow ones.
+The runner asks for the next trial whenever it could start one, and says what came of each. A trial that does
+not fit yet is held, and nothing overtakes it: a wide one is not starved by narrow ones.
 """
 
 from __future__ import annotations
@@ -90,11 +90,12 @@ class Conductor:
     def finished(self, key: str, result: TrialResult, *, point: int = 0, ran: bool = True) -> float:
         """What came of a trial, and the evaluation point it came to; gives the seconds it took."""
         spec, took = self.specs[key], 0.0
-        self.results[key] = result
+        # Found elsewhere, it may have been no repeat, or another's.
+        self.results[key] = result.model_copy(update={"repeat_of": spec.repeat_of})
         if ran:
             self._running.pop(key)
             took = self.ledger.end(key, whole=result.status == "completed")
-        if spec.sweep.seed == self._experiment.sweep.seed:  # a repeat teaches the search nothing new
+        if not spec.repeat_of:  # a repeat teaches the search nothing new
             self._proposer.tell(spec.parsed, Outcome(result.status, result.figures, point))
         return took
 

@@ -33,11 +33,11 @@ class SweepPlan(NamedTuple):
     template: TrialSpec
 
     def spec(self, method: Method, seed: int | None = None) -> TrialSpec:
-        """The trial of a method."""
+        """The trial of a method; with another seed, its repeat."""
         sweep = self.template.sweep.of(method)
         update: dict[str, Any] = {"method": method.model_dump(mode="json"), "sweep": sweep}
         if seed is not None and seed != sweep.seed:
-            update["sweep"] = sweep.model_copy(update={"seed": seed})
+            update |= {"sweep": sweep.model_copy(update={"seed": seed}), "repeat_of": self.spec(method).key}
         return self.template.model_copy(update=update)
 
     @property
@@ -86,10 +86,9 @@ def demand_of(method: Method, experiment: Experiment, capacity: Demand | None = 
     workers = sweep.workers_per_trial if by_ray_train(method, experiment) else 1
     cpus, gpus = sweep.cpus_per_trial, sweep.gpus_per_trial
     fewest = min(workers, sweep.min_workers or workers)
-    while (
-        capacity and workers > fewest and (workers * cpus > capacity.cpus or workers * gpus > capacity.gpus)
-    ):
-        workers -= 1
+    if capacity:
+        while workers > fewest and (workers * cpus > capacity.cpus or workers * gpus > capacity.gpus):
+            workers -= 1
     prices = experiment.cluster.prices
     gpu = prices.get("GPU", max((v for k, v in prices.items() if k != "CPU"), default=0.0))
     return Demand(workers * cpus, workers * gpus, workers * (cpus * prices.get("CPU", 0.0) + gpus * gpu))

@@ -44,7 +44,7 @@ class NothingCompletedError(RegraftError):
 
 
 class Swept(NamedTuple):
-    """What a sweep came to: its plan, its run, the results in the order they were proposed, what was left out."""
+    """What a sweep came to: its plan, its run, the results as they were proposed, what was left out."""
 
     plan: SweepPlan
     run_id: str
@@ -167,8 +167,8 @@ def _learn(conductor: Conductor, plan: SweepPlan, tracker: Tracker, say: Say) ->
 def _capacity(experiment: Experiment) -> Demand:
     """What the cluster has, less what the sweep is told to leave.
 
-    Ray Train workers take their resources outside Tune's books, so it is the conductor's count, and not Tune's,
-    that keeps inline trials from starving them.
+    Ray Train workers take their resources outside Tune's books, so it is the conductor's count, and not
+    Tune's, that keeps inline trials from starving them.
     """
     have, leave = ray.cluster_resources(), experiment.sweep.leave
     return Demand(have.get("CPU", 0.0) - leave.cpus, have.get("GPU", 0.0) - leave.gpus)
@@ -295,9 +295,8 @@ class _Progress(tune.Callback):  # type: ignore[misc]
     ) -> None:
         spec = self._spec(trial)
         if result.get("status") == "training":
-            self._say(
-                f"  {spec.named}: {result['point']}/{spec.sweep.evaluations}, eval loss {result['eval_loss']:.3f}"
-            )
+            at = f"{result['point']}/{spec.sweep.evaluations}"
+            self._say(f"  {spec.named}: {at}, eval loss {result['eval_loss']:.3f}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
