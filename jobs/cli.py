@@ -88,6 +88,24 @@ def sweep(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run ids of trials, as MLflow shows them; two or more.")],
+    path: Annotated[
+        Path, typer.Option("--experiment", "-e", help="A regraft.yaml, or the folder that holds one.")
+    ] = EXAMPLE,
+    answers: Annotated[int, typer.Option(help="How many examples to show with all answers.")] = 3,
+) -> None:
+    """Lay trials side by side: what was set otherwise, figures, paired differences, answers.
+
+    The others are held against the first. Differences are over the examples that both answered, with the
+    interval of a paired bootstrap; a star marks those that leave zero out.
+    """
+    from jobs.compare import run
+
+    run(path, runs, answers=answers)
+
+
+@app.command()
 def serve(path: ExperimentPath = EXAMPLE) -> None:
     """Serve the champion behind an OpenAI-compatible API until interrupted."""
     from jobs.serve import run

@@ -140,7 +140,8 @@ def _words(annotation: Any) -> str:
         return f"mapping of {_words(inside[1])}" if inside[1] is not Any else "mapping"
     if _models(annotation) and annotation is not Constraint:
         return "mapping"
-    return _PLAIN.get(annotation.__name__, annotation.__name__)
+    name = str(annotation.__name__)
+    return _PLAIN.get(name, name)
 
 
 def _default(field: Any) -> str:

@@ -37,6 +37,8 @@ def sweep(
 ) -> tuple[Leaderboard, tuple[TrialResult, ...], str]:
     """Run the sweep and rank its trials; gives the board, the trials, and the sweep's run id."""
     from regraft.selection.rank import rank
+    from regraft.selection.render import markdown, page
+    from regraft.selection.sweep_report import report_on
     from regraft.tuning.sweep import run_sweep
 
     plan, run_id, results, left_out = run_sweep(
@@ -55,9 +57,21 @@ def sweep(
         level=experiment.select.confidence,
         resamples=experiment.select.resamples,
     )
-    for line in left_out:
-        say(f"left out: {line}")
-    connection.tracker(experiment).finish_sweep(run_id, board)
+    tracker = connection.tracker(experiment)
+    report = report_on(
+        board,
+        results,
+        level=experiment.select.confidence,
+        resamples=experiment.select.resamples,
+        left_out=left_out,
+    )
+    tracker.log_report(run_id, html=page(report), text=markdown(report))
+    tracker.finish_sweep(run_id, board)
+    file = connection.workspace / "reports" / f"{plan.sweep_id}.html"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page(report), encoding="utf-8")
+    say(report.recommendation)
+    say(f"the sweep's report: {file} (and report.html in its run)")
     return board, results, run_id
 
 

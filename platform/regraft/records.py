@@ -231,8 +231,8 @@ class Interval(Record):
 class LeaderboardRow(Record):
     """One candidate of a leaderboard.
 
-    Of one that was repeated, `quality` is over the examples' means of all its seeds, and `seeds` are the seeds'
-    own means; key, run and metrics are those of the first.
+    Of one that was repeated, `quality` is over the examples' means of all its seeds, and `seeds` are the
+    seeds' own means; key, run and metrics are those of the first.
     """
 
     rank: int | None

@@ -213,6 +213,26 @@ class Tracker:
         return result if result.status in SETTLED else None
 
     @guarded
+    def result_of(self, run_id: str) -> TrialResult:
+        """The record of one trial's run.
+
+        Raises:
+            ServiceError: If there is no such run, or it has no record: it runs still, or is no trial's.
+        """
+        files = {f.path for f in self._client.list_artifacts(run_id)}
+        if RESULT_FILE not in files:
+            raise ServiceError(
+                f"the run {run_id} has no record of a trial", "name a trial's run that has ended, by its id"
+            )
+        return TrialResult.model_validate(self._read_json(run_id, RESULT_FILE))
+
+    @guarded
+    def log_report(self, run_id: str, *, html: str, text: str) -> None:
+        """Keep a sweep's report with its run, as a page and as Markdown."""
+        self._client.log_text(run_id, html, "report.html")
+        self._client.log_text(run_id, text, "report.md")
+
+    @guarded
     def log_drift(self, report: DriftReport, html: Path | None) -> str:
         """Log a drift check, whatever it found, as a run of its own; the same report twice is one run.
 
