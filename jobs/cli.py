@@ -75,16 +75,20 @@ def schema() -> None:
 def sweep(
     path: ExperimentPath = EXAMPLE,
     promote: Annotated[bool, typer.Option(help="Put the winner before the gate.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Insist that this very sweep was begun before.")
+    ] = False,
 ) -> None:
     """Try the methods, rank them, and promote the winner if it beats the champion (or the control).
 
-    Finished trials are found in MLflow and not run again. On a cluster, submit the same as a job:
+    A sweep that was cut short goes on when it is started again, with or without `--resume`: finished trials are
+    found in MLflow and not run again, others go on from their last checkpoint. On a cluster, submit the same as a job:
 
     `ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/sweep.py PATH`
     """
     from jobs.sweep import run
 
-    run(path, promote=promote)
+    run(path, promote=promote, resume=resume)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Two or more trials side by side, in the terminal: settings that differ, figures, paired differences, answers.
+"""Trials side by side in the terminal: settings that differ, figures, paired differences, answers.
 
 Runs as `regraft compare RUN RUN`, with run ids of MLflow.
 """

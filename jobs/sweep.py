@@ -34,6 +34,8 @@ def sweep(
     connection: Connection,
     say: Say = say,
     tags: dict[str, str] | None = None,
+    *,
+    resume: bool = False,
 ) -> tuple[Leaderboard, tuple[TrialResult, ...], str]:
     """Run the sweep and rank its trials; gives the board, the trials, and the sweep's run id."""
     from regraft.selection.rank import rank
@@ -48,6 +50,7 @@ def sweep(
         storage=experiment.cluster.storage or connection.storage,
         say=say,
         tags=dict(tags or {}),
+        resume=resume,
     )
     board = rank(
         results,
@@ -173,13 +176,13 @@ def _scores(version: ModelVersion, connection: Connection) -> EvalReport:
     return report
 
 
-def run(path: Path, *, promote: bool = True) -> None:
+def run(path: Path, *, promote: bool = True, resume: bool = False) -> None:
     """The whole stage, as the command line and Ray jobs run it."""
     experiment = Experiment.load(path)
     dataset = load_dataset(experiment.name, experiment.data)
     workspace = Workspace()
     with connected(experiment, workspace, say) as connection:
-        board, results, _ = sweep(experiment, dataset, connection)
+        board, results, _ = sweep(experiment, dataset, connection, resume=resume)
         show_leaderboard(board)
         if promote:
             version, decision = promote_winner(experiment, board, results, connection)

@@ -104,6 +104,16 @@ class Tracker:
         self._client.set_terminated(run_id, status)
 
     @guarded
+    def has_sweep(self, sweep_id: str) -> bool:
+        """Whether a sweep was begun before."""
+        return bool(self._search({"role": "sweep", "sweep": sweep_id}))
+
+    @guarded
+    def end_sweep(self, run_id: str, status: str) -> None:
+        """End the run of a sweep that did not come to a leaderboard: `FAILED` or `KILLED`."""
+        self._client.set_terminated(run_id, status)
+
+    @guarded
     def start_trial(
         self,
         sweep_run_id: str,
