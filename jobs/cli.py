@@ -81,8 +81,9 @@ def sweep(
 ) -> None:
     """Try the methods, rank them, and promote the winner if it beats the champion (or the control).
 
-    A sweep that was cut short goes on when it is started again, with or without `--resume`: finished trials are
-    found in MLflow and not run again, others go on from their last checkpoint. On a cluster, submit the same as a job:
+    A sweep that was cut short goes on when it is started again, with or without `--resume`: finished trials
+    are found in MLflow and not run again, others go on from their last checkpoint. On a cluster, submit the
+    same as a job:
 
     `ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/sweep.py PATH`
     """

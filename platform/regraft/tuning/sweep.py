@@ -91,7 +91,7 @@ def run_sweep(
         raise NothingToResumeError(
             f"{plan.sweep_id} was never begun on {tracking_uri}",
             "a sweep is told by its methods, search, data and settings: undo what was changed since, or start "
-            "it without --resume; finished trials that still fit are found either way",
+            "it without --resume; finished trials that fit are found either way",
         )
     run_id = tracker.start_sweep(plan.sweep_id, params=params, dataset=dataset)
     template = plan.template.model_copy(update={"sweep_run_id": run_id})
