@@ -11,7 +11,8 @@ import pytest
 from regraft.config import Experiment
 from regraft.errors import ServiceError
 from regraft.models import ResolvedModel
-from regraft.records import Cost, DatasetVersion, EvalReport, ExampleScore, TrialResult, TrialStatus
+from regraft.records import DatasetVersion, TrialResult, TrialStatus
+from regraft.search import Outcome
 from regraft.training.spec import TrialSpec
 from regraft.tuning.budget import Demand, Ledger
 from regraft.tuning.conductor import Conductor
@@ -56,10 +57,8 @@ def conductor(
     )
 
 
-def result(spec: TrialSpec, quality: float = 0.5, status: TrialStatus = "completed") -> TrialResult:
-    example = ExampleScore(example_id="1", prompt="p", reference="r", output="o", scores={"rougeL": quality})
-    report = EvalReport(dataset_id="d", split="e", metric_versions={}, examples=(example,))
-    return spec.result(status, cost=Cost(), report=report if status == "completed" else None)
+def outcome(quality: float = 0.5, status: TrialStatus = "completed") -> Outcome:
+    return Outcome(status, {"rougeL": quality})
 
 
 def starts(order: Conductor) -> list[TrialSpec]:
@@ -79,7 +78,7 @@ def play(
         ran += wave
         clock.now += seconds
         for spec in wave:
-            order.finished(spec.key, result(spec, quality(spec)))
+            order.finished(spec.key, outcome(quality(spec)))
         wave = starts(order)
     assert order.next() == "done"
     return ran
@@ -91,7 +90,7 @@ def test_as_many_run_at_once_as_there_is_room_for_and_no_more() -> None:
     first = starts(order)
     assert len(first) == 3
     assert order.next() == "wait"
-    order.finished(first[0].key, result(first[0]))
+    order.finished(first[0].key, outcome())
     assert len(starts(order)) == 1
     assert len(starts(conductor(clock, capacity=Demand(8, 0), max_concurrent=2))) == 2
 
@@ -108,11 +107,11 @@ def test_a_wide_trial_is_not_overtaken() -> None:
     order = conductor(Clock(), methods=methods, devices={"full": {"workers": 2}})
     (narrow,) = starts(order)
     assert narrow.method["name"] == "lora"
-    order.finished(narrow.key, result(narrow))
+    order.finished(narrow.key, outcome())
     (wide,) = starts(order)
     assert wide.method["name"] == "full"
     assert (wide.sweep.workers_per_trial, narrow.sweep.workers_per_trial) == (2, 1)
-    order.finished(wide.key, result(wide))
+    order.finished(wide.key, outcome())
     assert len(starts(order)) == 2
 
 
@@ -132,11 +131,11 @@ def test_what_can_never_fit_is_an_error_that_names_both_sides() -> None:
 def test_finished_work_is_found_and_not_run_again() -> None:
     clock, known = Clock(), {}
     for spec in play(conductor(clock), clock)[:4]:
-        known[spec.key] = result(spec)
+        known[spec.key] = spec.result("completed")
     again = conductor(clock, find=known.get)
     ran = play(again, clock)
     assert len(ran) == 2
-    assert len(again.results) == 6
+    assert len(again.outcomes) == 6
     assert again.ledger.spent.trials == 2
 
 
@@ -189,7 +188,7 @@ def test_the_best_are_repeated_with_other_seeds_when_all_are_in() -> None:
     ran = play(order, clock, quality=lambda spec: spec.method.get("rank", 9) / 10)
     repeats = [(spec.method["rank"], spec.sweep.seed) for spec in ran[7:]]
     assert repeats == [(6, 8), (5, 8), (6, 9), (5, 9)]
-    assert len(order.results) == 11
+    assert len(order.outcomes) == 11
     assert len({spec.key for spec in ran}) == 11
 
 

@@ -211,6 +211,17 @@ class Tracker:
                 found.setdefault(result.key, result)
         return list(found.values())[::-1]
 
+    @guarded
+    def results_in(self, sweep_id: str) -> dict[str, TrialResult]:
+        """Records of a sweep's own trials by key, whatever became of them; those without one are left out."""
+        found: dict[str, TrialResult] = {}
+        for run in self._search({"role": "trial", "sweep": sweep_id}):
+            files = {f.path for f in self._client.list_artifacts(run.info.run_id)}
+            if run.info.status != "RUNNING" and RESULT_FILE in files:
+                result = TrialResult.model_validate(self._read_json(run.info.run_id, RESULT_FILE))
+                found.setdefault(result.key, result)
+        return found
+
     def _settled(self, run: Run) -> TrialResult | None:
         """The record of a run that came to an end for good."""
         if not _is_settled(run):

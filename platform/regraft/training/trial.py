@@ -19,6 +19,7 @@ from regraft.methods import Method
 from regraft.methods.base import trainable_parameters
 from regraft.models import ResolvedModel, embedding_rows, load_tokenizer, pick_device, resolve
 from regraft.records import Cost, DatasetVersion, Example, LossPoint, TrialResult, TrialStatus
+from regraft.tracking.background import patiently
 from regraft.tracking.runs import Tracker
 from regraft.tracking.trials import TrialRun
 from regraft.training.batches import Encoded
@@ -67,13 +68,15 @@ def run_trial(
         params = spec.params | spec.sweep.model_dump(
             mode="json", include={"epochs", "tokens_per_batch", "seed"}
         )
-        run = tracker.start_trial(
-            spec.sweep_run_id,
-            sweep_id=spec.sweep_id,
-            key=spec.key,
-            label=spec.parsed.label,
-            params=params,
-            dataset=dataset,
+        run = patiently(
+            lambda: tracker.start_trial(
+                spec.sweep_run_id,
+                sweep_id=spec.sweep_id,
+                key=spec.key,
+                label=spec.named,
+                params=params,
+                dataset=dataset,
+            )
         )
     attempt = _Attempt(spec, dataset, run, report, bases, workers)
     try:
@@ -95,7 +98,8 @@ def run_trial(
         attempt.record(attempt.result("failed", f"{type(error).__name__}: {error}"))
         raise
     attempt.record(result)
-    report({"eval_loss": result.eval_loss, "point": spec.points, "status": "completed"})
+    metrics = {"eval_loss": result.eval_loss, "point": spec.points, "status": "completed"}
+    report(metrics | {"cost": result.cost.model_dump(), "figures": result.figures})
 
 
 class _Attempt:

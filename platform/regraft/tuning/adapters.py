@@ -12,7 +12,8 @@ from ray.tune.search import Searcher
 
 from regraft.config import Experiment
 from regraft.records import Cost, TrialResult, TrialStatus
-from regraft.search import Rule
+from regraft.search import Outcome, Rule
+from regraft.tracking.background import InOrder
 from regraft.tracking.runs import Tracker
 from regraft.training.checkpoints import versions_of
 from regraft.training.spec import TrialSpec
@@ -89,11 +90,17 @@ class WithinBudget(tune.Stopper):  # type: ignore[misc]
 
 
 class Progress(tune.Callback):  # type: ignore[misc]
-    """Driver side: says how far each trial is, closes the runs of those that cannot, tells the conductor."""
+    """Driver side: says how far each trial is, closes the runs of those that cannot, tells the conductor.
+
+    It waits for nobody: what goes to MLflow is queued, so that trials go on while the server is away.
+    """
 
     def __init__(self, conductor: Conductor, tracker: Tracker, say: Say) -> None:
         self._conductor, self._tracker, self._say = conductor, tracker, say
         self._open: dict[str, Any] = {}
+        self._later = InOrder()
+        #: What is known here of trials that may have left no record of their own, by key.
+        self.records: dict[str, TrialResult] = {}
 
     @staticmethod
     def _spec(trial: Any) -> TrialSpec:
@@ -114,40 +121,30 @@ class Progress(tune.Callback):  # type: ignore[misc]
             self._say(f"  {spec.named}: {at}, eval loss {result['eval_loss']:.3f}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Record what the trial could not, and hand its result on."""
+        """Record what the trial could not, and hand its outcome on."""
         last = trial.last_result or {}
-        status, reason = str(last.get("status", "training")), str(last.get("reason", ""))
-        if status == "completed":
-            self._end(trial, self._tracker.find_trial(self._spec(trial).key), status, reason)
-        elif status == "infeasible":  # for want of workers, no trial may ever have run
-            self._end(trial, self._record(trial, "infeasible", reason), status, reason)
+        status = str(last.get("status", "training"))
+        if status in {"completed", "infeasible"}:
+            self._end(trial, status, str(last.get("reason", "")))  # type: ignore[arg-type]
         elif over := self._conductor.ledger.over:
-            self._end(trial, self._record(trial, "cancelled", over), "cancelled", over)
+            self._end(trial, "cancelled", over)
         else:
-            self._end(trial, self._record(trial, "stopped", STOPPED_REASON), "stopped", "")
+            self._end(trial, "stopped", STOPPED_REASON)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that it failed, with the last line of its traceback."""
         reason = (trial.error_file and _last_line(trial.error_file)) or "the trial's process died"
-        self._end(trial, self._record(trial, "failed", reason), "failed", reason)
+        self._end(trial, "failed", reason)
 
-    def cancel(self, reason: str) -> None:
-        """Close what is still open."""
+    def close(self, reason: str) -> None:
+        """Cancel what is still open, and wait until MLflow knows it all."""
         for trial in list(self._open.values()):
-            self._end(trial, self._record(trial, "cancelled", reason), "cancelled", reason)
+            self._end(trial, "cancelled", reason)
+        self._later.wait()
 
-    def _end(self, trial: Any, result: TrialResult | None, status: str, reason: str) -> None:
+    def _end(self, trial: Any, status: TrialStatus, reason: str) -> None:
         if self._open.pop(trial.trial_id, None) is None:
             return
-        spec, last = self._spec(trial), trial.last_result or {}
-        found = result or self._record(trial, "failed", "it left no record")
-        took = self._conductor.finished(spec.key, found, point=int(last.get("point", 0)))
-        words = f"{status} {spec.named} in {took:.0f} s"
-        self._say(f"{words}: {reason}" if reason else words)
-        self._say(f"  {self._conductor.outlook}")
-
-    def _record(self, trial: Any, status: TrialStatus, reason: str) -> TrialResult:
-        """Close the run of a trial that cannot do so itself, with what its reports said."""
         spec, last = self._spec(trial), trial.last_result or {}
         loss = last.get("eval_loss")
         record = spec.result(
@@ -156,12 +153,22 @@ class Progress(tune.Callback):  # type: ignore[misc]
             eval_loss=loss if loss is not None and math.isfinite(loss) else None,
             cost=Cost(**last.get("cost", {})),
         )
-        if status != "cancelled" and (kept := versions_of(spec.storage, spec.key)):
-            kept.clear()
-        run_id = self._tracker.close_trial(
-            spec.sweep_id, spec.key, status=status, reason=reason, result=record
+        if status != "completed":  # that one has closed its run itself, and so have some of the others
+            self.records[spec.key] = record
+            self._later.put(lambda: self._close(spec, record))
+        outcome = Outcome(status, record.figures | last.get("figures", {}), int(last.get("point", 0)))
+        took = self._conductor.finished(spec.key, outcome)
+        words = f"{status} {spec.named} in {took:.0f} s"
+        shown = reason if status != "stopped" else ""
+        self._say(f"{words}: {shown}" if shown else words)
+        self._say(f"  {self._conductor.outlook}")
+
+    def _close(self, spec: TrialSpec, record: TrialResult) -> None:
+        self._tracker.close_trial(
+            spec.sweep_id, spec.key, status=record.status, reason=record.reason, result=record
         )
-        return record.model_copy(update={"run_id": run_id or ""})
+        if record.status != "cancelled" and (kept := versions_of(spec.storage, spec.key)):
+            kept.clear()
 
 
 def _last_line(file: str) -> str:

@@ -52,7 +52,8 @@ class Conductor:
         self._repeats: list[TrialSpec] | None = None
         self._running: dict[str, Demand] = {}
         self.specs: dict[str, TrialSpec] = {}
-        self.results: dict[str, TrialResult] = {}
+        self.outcomes: dict[str, Outcome] = {}
+        self.found: dict[str, TrialResult] = {}
         self.left_out: list[str] = []
         self._closed = ""
 
@@ -67,7 +68,9 @@ class Conductor:
             self.specs.setdefault(spec.key, spec)
             if found is not None:
                 self._say(f"found {found.label}: {found.status}, not run again")
-                self.finished(spec.key, found, ran=False)
+                # Elsewhere it may have been no repeat, or another's.
+                self.found[spec.key] = found.model_copy(update={"repeat_of": spec.repeat_of})
+                self._learn(spec, Outcome(found.status, found.figures))
                 continue
             demand = self._demand(spec)
             if refused := self._closed or self.ledger.refuses(demand, self._effort(spec.parsed)):
@@ -84,20 +87,21 @@ class Conductor:
         """A result from before: the search learns from it; if of this very sweep, it counts as tried."""
         own = result.sweep_id == spec.sweep_id
         if own:
-            self.specs[spec.key], self.results[spec.key] = spec, result
+            self.specs[spec.key], self.found[spec.key] = spec, result
+            self.outcomes[spec.key] = Outcome(result.status, result.figures)
         self._proposer.recall(spec.parsed, Outcome(result.status, result.figures), counts=own)
 
-    def finished(self, key: str, result: TrialResult, *, point: int = 0, ran: bool = True) -> float:
-        """What came of a trial, and the evaluation point it came to; gives the seconds it took."""
-        spec, took = self.specs[key], 0.0
-        # Found elsewhere, it may have been no repeat, or another's.
-        self.results[key] = result.model_copy(update={"repeat_of": spec.repeat_of})
-        if ran:
-            self._running.pop(key)
-            took = self.ledger.end(key, whole=result.status == "completed")
-        if not spec.repeat_of:  # a repeat teaches the search nothing new
-            self._proposer.tell(spec.parsed, Outcome(result.status, result.figures, point))
+    def finished(self, key: str, outcome: Outcome) -> float:
+        """What came of a trial that ran; gives the seconds it took."""
+        self._running.pop(key)
+        took = self.ledger.end(key, whole=outcome.status == "completed")
+        self._learn(self.specs[key], outcome)
         return took
+
+    def _learn(self, spec: TrialSpec, outcome: Outcome) -> None:
+        self.outcomes[spec.key] = outcome
+        if not spec.repeat_of:  # a repeat teaches the search nothing new
+            self._proposer.tell(spec.parsed, outcome)
 
     @property
     def outlook(self) -> str:
@@ -141,11 +145,11 @@ class Conductor:
         if wanted is None:
             return []
         scored = [
-            (key, r)
-            for key, r in self.results.items()
-            if r.status == "completed" and not r.is_control and aim in r.figures
+            (key, outcome.figures[aim])
+            for key, outcome in self.outcomes.items()
+            if outcome.status == "completed" and self.specs[key].parsed.trains and aim in outcome.figures
         ]
-        best = sorted(scored, key=lambda pair: -pair[1].figures[aim])[: wanted.count]
+        best = sorted(scored, key=lambda pair: -pair[1])[: wanted.count]
         first = self._experiment.sweep.seed
         if best:
             self._say(f"repeating the best {len(best)} with {wanted.seeds - 1} more seeds each")

@@ -90,8 +90,8 @@ def run_sweep(
     if resume and not tracker.has_sweep(plan.sweep_id):
         raise NothingToResumeError(
             f"{plan.sweep_id} was never begun on {tracking_uri}",
-            "a sweep is told by its methods, search, data and settings: undo what was changed since, or start "
-            "it without --resume; finished trials that fit are found either way",
+            "a sweep is told by its methods, search, data and settings: undo what was changed since, or "
+            "start it without --resume; finished trials that fit are found either way",
         )
     run_id = tracker.start_sweep(plan.sweep_id, params=params, dataset=dataset)
     template = plan.template.model_copy(update={"sweep_run_id": run_id})
@@ -112,12 +112,13 @@ def run_sweep(
         _learn(conductor, plan, tracker, say)
     try:
         with _gently_ended():
-            _tune(experiment, dataset, conductor, plan, tracker, say)
+            records = _tune(experiment, dataset, conductor, plan, tracker, say)
     except BaseException as error:
         tracker.end_sweep(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     say(f"the sweep took {conductor.ledger.spent}")
-    results = tuple(r for key in conductor.specs if (r := conductor.results.get(key)) is not None)
+    known = records | tracker.results_in(plan.sweep_id) | conductor.found
+    results = tuple(known[key] for key in conductor.specs if key in known)
     if not any(r.status == "completed" for r in results):
         reasons = "\n".join(f"  {r.label}: {r.status}: {r.reason}" for r in results) or "  none left a record"
         raise NothingCompletedError(
@@ -133,8 +134,8 @@ def _tune(
     plan: SweepPlan,
     tracker: Tracker,
     say: Say,
-) -> None:
-    """Run trials until the conductor has no more."""
+) -> dict[str, TrialResult]:
+    """Run trials until the conductor has no more; gives what the driver knows of those without a record."""
     rule = experiment.sweep.stopping.rule() if experiment.sweep.stopping else None
     brackets = experiment.sweep.stopping.brackets if experiment.sweep.stopping else "sweep"
     progress = Progress(conductor, tracker, say)
@@ -166,7 +167,8 @@ def _tune(
     try:
         tuner.fit()
     finally:
-        progress.cancel("the sweep was cancelled")
+        progress.close("the sweep was cancelled")
+    return progress.records
 
 
 @contextmanager
