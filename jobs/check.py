@@ -11,9 +11,9 @@ from regraft.config import Experiment
 from regraft.data.chats import read_chats
 from regraft.data.dataset import load_dataset
 from regraft.errors import ConfigError, InfeasibleTrialError
-from regraft.methods.search import expand
 from regraft.models import resolve
 from regraft.records import DatasetVersion
+from regraft.search import expand
 
 
 def run(path: Path, *, cards: bool = False) -> None:

@@ -75,16 +75,39 @@ def schema() -> None:
 def sweep(
     path: ExperimentPath = EXAMPLE,
     promote: Annotated[bool, typer.Option(help="Put the winner before the gate.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Insist that this very sweep was begun before.")
+    ] = False,
 ) -> None:
     """Try the methods, rank them, and promote the winner if it beats the champion (or the control).
 
-    Finished trials are found in MLflow and not run again. On a cluster, submit the same as a job:
+    A sweep that was cut short goes on when it is started again, with or without `--resume`: finished trials
+    are found in MLflow and not run again, others go on from their last checkpoint. On a cluster, submit the
+    same as a job:
 
     `ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/sweep.py PATH`
     """
     from jobs.sweep import run
 
-    run(path, promote=promote)
+    run(path, promote=promote, resume=resume)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run ids of trials, as MLflow shows them; two or more.")],
+    path: Annotated[
+        Path, typer.Option("--experiment", "-e", help="A regraft.yaml, or the folder that holds one.")
+    ] = EXAMPLE,
+    answers: Annotated[int, typer.Option(help="How many examples to show with all answers.")] = 3,
+) -> None:
+    """Lay trials side by side: what was set otherwise, figures, paired differences, answers.
+
+    The others are held against the first. Differences are over the examples that both answered, with the
+    interval of a paired bootstrap; a star marks those that leave zero out.
+    """
+    from jobs.compare import run
+
+    run(path, runs, answers=answers)
 
 
 @app.command()

@@ -49,6 +49,7 @@ def show_leaderboard(board: Leaderboard) -> None:
         marks += ["control"] if row.is_control else []
         marks += ["Pareto"] if row.on_pareto_front else []
         marks += [row.status] if row.status != "completed" else []
+        marks += [f"{len(row.seeds)} seeds {min(row.seeds):.3f}–{max(row.seeds):.3f}"] if row.seeds else []
         marks += [row.reason] if row.reason and row.status != "stopped" else []
         table.add_row(
             str(row.rank or "–"),

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from regraft.config import Experiment
+from regraft.config import Constraint, Experiment, SweepSection
 from regraft.evals import AnyMetric
 from regraft.methods import METHOD_CLASSES
 
@@ -69,12 +69,12 @@ def markdown() -> str:
         if isinstance(section, type) and issubclass(section, BaseModel):
             doc = " ".join((section.__doc__ or "").split())
             parts.append(f"## `{name}`\n\n{doc}\n\n{_table(section)}")
-    asha = Experiment.model_fields["sweep"].annotation
-    for name, field in asha.model_fields.items():  # type: ignore[union-attr]
-        nested = next((t for t in get_args(field.annotation) if _is_model(t)), None)
-        if nested is not None:
+    for name, field in SweepSection.model_fields.items():
+        for nested in _models(field.annotation):
+            variant = nested.model_fields["name"].default if "name" in nested.model_fields else None
+            title = f"sweep.{name}" + (f": {{name: {variant}}}" if variant else "")
             doc = " ".join((nested.__doc__ or "").split())
-            parts.append(f"### `sweep.{name}`\n\n{doc}\n\n{_table(nested)}")
+            parts.append(f"### `{title}`\n\n{doc}\n\n{_table(nested, skip=('name',))}")
     parts.append(_METHODS)
     parts.append(_support())
     parts += [_variant(method) for method in METHOD_CLASSES]
@@ -119,7 +119,7 @@ def _table(cls: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
             continue
         words = (field.description or "").replace("|", "\\|")
         rows.append(f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {words} |")
-    return "\n".join(rows) + "\n"
+    return "\n".join(rows) + "\n" if len(rows) > 2 else ""
 
 
 def _type(annotation: Any) -> str:
@@ -132,13 +132,16 @@ def _words(annotation: Any) -> str:
     if kind is Annotated:
         return "metric" if annotation is AnyMetric else _words(inside[0])
     if kind in (Literal, Union, UnionType):
-        return " | ".join(part if isinstance(part, str) else _words(part) for part in inside)
+        words = [part if isinstance(part, str) else _words(part) for part in inside]
+        return " | ".join(dict.fromkeys(words))
     if kind in (tuple, list):
         return f"list of {_words(inside[0])}"
     if kind is dict:
         return f"mapping of {_words(inside[1])}" if inside[1] is not Any else "mapping"
-    name = annotation.__name__
-    return "mapping" if name.endswith("Section") else _PLAIN.get(name, name)
+    if _models(annotation) and annotation is not Constraint:
+        return "mapping"
+    name = str(annotation.__name__)
+    return _PLAIN.get(name, name)
 
 
 def _default(field: Any) -> str:
@@ -152,8 +155,11 @@ def _default(field: Any) -> str:
     return f"`{json.dumps(value, default=str)}`"
 
 
-def _is_model(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, BaseModel)
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models inside a type, of a union each."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
 
 
 def _first_line(cls: type) -> str:

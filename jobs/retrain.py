@@ -17,6 +17,7 @@ from regraft.data.chats import read_chats
 from regraft.data.dataset import load_dataset, make_dataset, union_of_evaluations
 from regraft.errors import DataError, RegraftError
 from regraft.records import DatasetVersion, EvalReport, ModelVersion, PromotionDecision, RetrainDecision
+from regraft.search import Grid
 
 
 def fresh_dataset(experiment: Experiment) -> DatasetVersion:
@@ -47,7 +48,9 @@ def retrain_experiment(experiment: Experiment, champion: ModelVersion) -> Experi
     section = experiment.retrain
     update: dict[str, object] = {
         "methods": ({"name": "zero_shot"}, champion.method),
-        "asha": None,
+        "stopping": None,
+        "search": Grid(),
+        "finalists": None,
         "ray_train": tuple(n for n in experiment.sweep.ray_train if n == champion.method["name"]),
     }
     if section.epochs is not None:

@@ -34,18 +34,23 @@ def sweep(
     connection: Connection,
     say: Say = say,
     tags: dict[str, str] | None = None,
+    *,
+    resume: bool = False,
 ) -> tuple[Leaderboard, tuple[TrialResult, ...], str]:
     """Run the sweep and rank its trials; gives the board, the trials, and the sweep's run id."""
     from regraft.selection.rank import rank
+    from regraft.selection.render import markdown, page
+    from regraft.selection.sweep_report import report_on
     from regraft.tuning.sweep import run_sweep
 
-    plan, run_id, results = run_sweep(
+    plan, run_id, results, left_out = run_sweep(
         experiment,
         dataset,
         tracking_uri=connection.tracking_uri,
         storage=experiment.cluster.storage or connection.storage,
         say=say,
         tags=dict(tags or {}),
+        resume=resume,
     )
     board = rank(
         results,
@@ -55,7 +60,21 @@ def sweep(
         level=experiment.select.confidence,
         resamples=experiment.select.resamples,
     )
-    connection.tracker(experiment).finish_sweep(run_id, board)
+    tracker = connection.tracker(experiment)
+    report = report_on(
+        board,
+        results,
+        level=experiment.select.confidence,
+        resamples=experiment.select.resamples,
+        left_out=left_out,
+    )
+    tracker.log_report(run_id, html=page(report), text=markdown(report))
+    tracker.finish_sweep(run_id, board)
+    file = connection.workspace / "reports" / f"{plan.sweep_id}.html"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page(report), encoding="utf-8")
+    say(report.recommendation)
+    say(f"the sweep's report: {file} (and report.html in its run)")
     return board, results, run_id
 
 
@@ -157,13 +176,13 @@ def _scores(version: ModelVersion, connection: Connection) -> EvalReport:
     return report
 
 
-def run(path: Path, *, promote: bool = True) -> None:
+def run(path: Path, *, promote: bool = True, resume: bool = False) -> None:
     """The whole stage, as the command line and Ray jobs run it."""
     experiment = Experiment.load(path)
     dataset = load_dataset(experiment.name, experiment.data)
     workspace = Workspace()
     with connected(experiment, workspace, say) as connection:
-        board, results, _ = sweep(experiment, dataset, connection)
+        board, results, _ = sweep(experiment, dataset, connection, resume=resume)
         show_leaderboard(board)
         if promote:
             version, decision = promote_winner(experiment, board, results, connection)

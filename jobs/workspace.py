@@ -129,14 +129,9 @@ class Workspace:
         services = self.services()
         started: list[str] = []
         try:
-            if experiment.tracking.uri is None and services.mlflow is None:
-                say("starting MLflow (SQLite)")
-                server = start_server(
-                    self.root / "mlflow", experiment.tracking.host, experiment.tracking.port
-                )
-                services = services.model_copy(update={"mlflow": _service(server.pid, server.url)})
+            if self.start_tracking(experiment, say):
+                services = self.services()
                 started.append("mlflow")
-                self.save(services)
             if experiment.cluster.address is None and services.ray is None:
                 say("starting a local Ray cluster")
                 (self.root / "ray").mkdir(parents=True, exist_ok=True)
@@ -157,6 +152,20 @@ class Workspace:
             raise
         return services
 
+    def start_tracking(self, experiment: Experiment, say: Any) -> bool:
+        """Start the embedded MLflow if the experiment names no other and it does not run; whether it did.
+
+        Raises:
+            ServiceError: If it cannot be started.
+        """
+        services = self.services()
+        if experiment.tracking.uri is not None or services.mlflow is not None:
+            return False
+        say("starting MLflow (SQLite)")
+        server = start_server(self.root / "mlflow", experiment.tracking.host, experiment.tracking.port)
+        self.save(services.model_copy(update={"mlflow": _service(server.pid, server.url)}))
+        return True
+
     def stop(self, names: tuple[str, ...] = ("monitor", "ray", "mlflow")) -> list[str]:
         """End services of this workspace; returns which were running."""
         services = self.services()
@@ -171,6 +180,22 @@ class Workspace:
             self.save(services)
         return ended
 
+    def tracking_uri(self, experiment: Experiment) -> str:
+        """Where MLflow is: by configuration, in this workspace, or by environment.
+
+        Raises:
+            ServiceError: If none is known, or it cannot be reached.
+        """
+        own = self.services().mlflow
+        uri = experiment.tracking.uri or (own.url if own else None) or os.environ.get("MLFLOW_TRACKING_URI")
+        if uri is None:
+            raise ServiceError(
+                "tracking.uri: no MLflow server is known",
+                "set tracking.uri or MLFLOW_TRACKING_URI, or start the embedded one with `regraft up`",
+            )
+        check_server(uri)
+        return uri
+
     def connect(self, experiment: Experiment) -> Connection:
         """Where the services are that run already, by configuration, environment or this workspace.
 
@@ -178,14 +203,7 @@ class Workspace:
             ServiceError: If MLflow or Ray cannot be reached.
         """
         services = self.services()
-        uri = experiment.tracking.uri or (services.mlflow.url if services.mlflow else None)
-        uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-        if uri is None:
-            raise ServiceError(
-                "tracking.uri: no MLflow server is known",
-                "set tracking.uri or MLFLOW_TRACKING_URI, or start the embedded one with `regraft up`",
-            )
-        check_server(uri)
+        uri = self.tracking_uri(experiment)
         address = experiment.cluster.address or services.ray_address or os.environ.get("RAY_ADDRESS")
         if address is None or (
             experiment.cluster.address is None and services.ray_address and services.ray is None
@@ -221,3 +239,14 @@ def connected(
         if not keep and not on_cluster:
             mine = tuple(n for n in ("monitor", "ray", "mlflow") if getattr(before, n) is None)
             workspace.stop(mine)
+
+
+@contextlib.contextmanager
+def tracked(experiment: Experiment, workspace: Workspace, say: Any) -> Iterator[Tracker]:
+    """Reach MLflow alone; an embedded one that did not run is started, and ended again afterwards."""
+    mine = workspace.start_tracking(experiment, say)
+    try:
+        yield Tracker(workspace.tracking_uri(experiment), experiment.name)
+    finally:
+        if mine:
+            workspace.stop(("mlflow",))

@@ -6,307 +6,55 @@ Reading a file checks all of it before anything starts; an error names the field
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
 from regraft.errors import ConfigError
-from regraft.evals import AnyMetric, default_metrics
 from regraft.explain import did_you_mean, dotted, explain, explain_method, place
-from regraft.methods import METHODS_BY_NAME, Method
-from regraft.methods.base import DTypeName
-from regraft.methods.search import SearchError, expand
-from regraft.records import Cost, Speed, content_hash
+from regraft.records import Cost, Speed
+from regraft.search import SearchError, expand
+from regraft.sections import (
+    BudgetSection,
+    ClusterSection,
+    Constraint,
+    DataSection,
+    DevicesSection,
+    EvaluateSection,
+    FinalistsSection,
+    LeaveSection,
+    ModelSection,
+    MonitorSection,
+    RetrainSection,
+    Section,
+    SelectSection,
+    ServeSection,
+    SweepSection,
+    TrackingSection,
+)
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
-
-class Section(BaseModel):
-    """A section of the YAML: frozen, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class ModelSection(Section):
-    """Which base model, and how it is held."""
-
-    source: str = Field(description="Hub id, local folder, models:/ URI, or bundled:smollm2-135m-instruct.")
-    revision: str | None = Field(None, description="Commit or tag of a hub id.")
-    dtype: DTypeName = "bfloat16"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-
-class DataSection(Section):
-    """Where the examples are. Paths are relative to the YAML."""
-
-    train: tuple[Path, ...]
-    evaluation: dict[str, Path] = Field(
-        min_length=1, description="Named evaluation sets; none of them trains."
-    )
-    leakage_jaccard: float = Field(
-        0.7, gt=0, le=1, description="Prompts at least this alike across train and evaluation are leakage."
-    )
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str | Path) else value
-
-    @field_validator("evaluation", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        return {"evaluation": value} if isinstance(value, str | Path) else value
-
-    @field_validator("evaluation")
-    @classmethod
-    def _not_train(cls, value: dict[str, Path]) -> dict[str, Path]:
-        if "train" in value:
-            raise ValueError("an evaluation set cannot be named 'train'")
-        return value
-
-
-ScheduleName = Literal["linear", "cosine", "constant"]
-TooLong = Literal["refuse", "drop", "truncate"]
-
-
-class AshaSection(Section):
-    """Asynchronous successive halving (Li et al., arXiv:1810.05934) over evaluation points."""
-
-    grace: int = Field(2, ge=1, description="Evaluation points before a trial may be stopped.")
-    reduction: float = Field(3.0, gt=1, description="Of those that reach a rung, one in this many goes on.")
-    peers: int = Field(
-        3, ge=1, description="Trials that must have reached a point before one is stopped there."
-    )
-
-
-class SweepSection(Section):
-    """What to try and how long."""
-
-    methods: tuple[dict[str, Any], ...] = Field(min_length=1)
-    epochs: float = Field(2.0, gt=0)
-    tokens_per_batch: int = Field(1024, ge=16, description="Tokens of a micro-batch, without padding.")
-    max_length: int = Field(512, ge=16, description="Tokens of one example.")
-    too_long: TooLong = Field(
-        "refuse",
-        description="Of longer examples: stop, drop them, or cut their end; what is lost is counted.",
-    )
-    accumulate: int = Field(
-        1,
-        ge=1,
-        description="Micro-batches a step and worker; every supervised token of a step counts the same.",
-    )
-    schedule: ScheduleName = Field(
-        "linear", description="How the rate falls to zero after the warm-up, or not."
-    )
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices alone.")
-    packing: Literal["auto"] | bool = Field(
-        "auto",
-        description="Let the examples of a micro-batch share one row, without padding and without seeing "
-        "each other; auto: where method and model can.",
-    )
-    compile: bool = Field(
-        False,
-        description="Compile the decoder's layers (torch.compile): minutes at the start of each process.",
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Compute activations again in the backward pass: less memory, about a third slower.",
-    )
-    max_gradient_norm: float = Field(1.0, gt=0)
-    evaluations: int = Field(4, ge=1, description="Evaluation points over a trial, evenly spread.")
-    loss_examples: int | None = Field(
-        None,
-        ge=1,
-        description="Evaluation loss over at most so many examples, evenly chosen; all if not given.",
-    )
-    answers_at_points: int = Field(
-        0, ge=0, description="Evaluation examples answered and scored at each point, beside the loss."
-    )
-    asha: AshaSection | None = AshaSection()
-    checkpoint_seconds: float = Field(
-        300, ge=0, description="Least time between checkpoints, from which a trial cut short goes on."
-    )
-    samples: int = Field(1, ge=1, description="Draws for each grid point whose method has a range.")
-    seed: int = 0
-    cpus_per_trial: float = Field(1, gt=0)
-    gpus_per_trial: float = Field(0, ge=0)
-    workers_per_trial: int = Field(1, ge=1, description="More than one runs the trial as Ray Train.")
-    min_workers: int | None = Field(
-        None,
-        ge=1,
-        description="A trial goes on with so few workers where a node is lost; with all if not given.",
-    )
-    worker_failures: int = Field(
-        1, ge=0, description="How often a Ray Train trial may lose a worker and go on from its checkpoint."
-    )
-    shard: bool = Field(
-        False, description="Split the weights over a trial's workers (FSDP2) instead of copying them (DDP)."
-    )
-    ray_train: tuple[str, ...] = Field((), description="Methods that run as Ray Train even with one worker.")
-    max_concurrent: int | None = Field(None, ge=1)
-    trial_memory_gib: float | None = Field(
-        None,
-        gt=0,
-        description="Memory of a trial, in GiB; on a GPU all of its own if not given. Batches pass "
-        "through in parts where they would need more; a trial that cannot fit is infeasible.",
-    )
-
-    @field_validator("min_workers")
-    @classmethod
-    def _no_more_than_all(cls, value: int | None, info: ValidationInfo) -> int | None:
-        workers = info.data.get("workers_per_trial")
-        if value is not None and workers is not None and value > workers:
-            raise ValueError(f"is {value}, more than sweep.workers_per_trial = {workers}")
-        return value
-
-    @field_validator("shard")
-    @classmethod
-    def _needs_workers(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("workers_per_trial") == 1:
-            raise ValueError("needs sweep.workers_per_trial of 2 or more")
-        return value
-
-    @model_validator(mode="after")
-    def _methods_support_it(self) -> SweepSection:
-        workers = "shards" if self.shard else "replicas"
-        asked = {
-            workers: (self.workers_per_trial > 1, "shard" if self.shard else "workers_per_trial"),
-            "packs": (self.packing is True, "packing"),
-            "recomputes": (self.gradient_checkpointing, "gradient_checkpointing"),
-        }
-        for index, entry in enumerate(self.methods):
-            names = entry.get("name")
-            for name in names if isinstance(names, list) else [names]:
-                method = METHODS_BY_NAME.get(str(name))
-                if method is None or method.kind == "control":
-                    continue
-                for way, (wanted, field) in asked.items():
-                    if wanted and not getattr(method.support, way):
-                        raise ValueError(f"methods.{index}: {name} does not train with sweep.{field}")
-        return self
-
-    def expanded(self) -> tuple[Method, ...]:
-        """All methods to try, concrete, without repeats."""
-        found: dict[str, Method] = {}
-        for entry in self.methods:
-            for method in expand(entry, samples=self.samples, seed=self.seed):
-                found.setdefault(content_hash(method.model_dump(mode="json")), method)
-        return tuple(found.values())
-
-
-class EvaluateSection(Section):
-    """How candidates are scored."""
-
-    metrics: tuple[AnyMetric, ...] = Field(default_factory=default_metrics)
-    max_new_tokens: int = Field(64, ge=1)
-    batch_size: int = Field(32, ge=1)
-    latency_prompts: int = Field(4, ge=1, description="Prompts answered one by one to measure latency.")
-
-
-class Constraint(Section):
-    """A bound on a recorded figure, such as `latency_p95_ms <= 4000`."""
-
-    metric: str
-    sense: Literal["<=", ">="]
-    bound: float
-
-
-class SelectSection(Section):
-    """How the winner is chosen and what a challenger must show."""
-
-    maximise: str = "rougeL"
-    subject_to: tuple[Constraint, ...] = ()
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    resamples: int = Field(2000, ge=200)
-    regression_margin: float = Field(
-        0.02,
-        ge=0,
-        description="How much a challenger may lose on any one evaluation set, in the metric's unit.",
-    )
-
-    @field_validator("subject_to", mode="before")
-    @classmethod
-    def _parse(cls, value: Any) -> Any:
-        return [_constraint(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-class ServeSection(Section):
-    """The endpoint."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    max_batch: int = Field(16, ge=1, description="Requests answered together.")
-    max_queued: int = Field(
-        64, ge=1, description="Requests waiting beyond those being answered; more get 429."
-    )
-    max_new_tokens: int = Field(256, ge=1, description="Upper bound on what one request may ask for.")
-    poll_seconds: float = Field(1.0, gt=0, description="How often the champion alias is looked up.")
-    num_cpus: float = Field(
-        1, ge=0, description="Cores reserved for the endpoint; 0 shares them with trials."
-    )
-    num_gpus: float = Field(0, ge=0)
-
-
-class MonitorSection(Section):
-    """How drift is tested."""
-
-    alpha: float = Field(
-        0.01, gt=0, lt=0.5, description="False alarms a check may give where nothing changed."
-    )
-    min_effect: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="Share of exchanges beyond the reference's own tail, needed beside significance.",
-    )
-    min_rows: int = Field(
-        50, ge=20, description="Fewer exchanges than this are 'insufficient', never 'stable'."
-    )
-    max_rows: int = Field(1000, ge=50)
-    permutations: int = Field(999, ge=199)
-    every_seconds: float = Field(3600, gt=0, description="How often `regraft monitor run` checks.")
-
-
-class RetrainSection(Section):
-    """What an alarm turns into."""
-
-    reviewed: Path | None = Field(None, description="Reviewed fresh examples (JSONL) that a retraining adds.")
-    evaluation: dict[str, Path] = Field({}, description="Evaluation sets for the fresh topics.")
-    epochs: float | None = Field(None, gt=0, description="As in the sweep, if not given.")
-    cpus_per_trial: float | None = Field(None, gt=0, description="As in the sweep, if not given.")
-    min_fresh: int = Field(
-        20, ge=1, description="Fewer reviewed fresh examples than this: collect, do not retrain."
-    )
-    cooldown_seconds: float = Field(0, ge=0, description="No second retraining this soon after one.")
-
-
-class TrackingSection(Section):
-    """MLflow. With no URI Regraft starts a server of its own on SQLite."""
-
-    uri: str | None = None
-    host: str = "127.0.0.1"
-    port: int = Field(5000, ge=0, le=65535)
-
-
-class ClusterSection(Section):
-    """Ray. With no address Regraft starts a local cluster of its own."""
-
-    address: str | None = Field(None, description="host:port of a cluster's GCS, or 'auto'.")
-    jobs: str | None = Field(None, description="URL of the cluster's job server, such as http://head:8265.")
-    num_cpus: int | None = Field(None, ge=1, description="Cores of the local cluster; all if not given.")
-    num_gpus: int | None = Field(None, ge=0)
-    dashboard_port: int = Field(8265, ge=0, le=65535)
-    storage: str | None = Field(None, description="Folder or URI that all nodes reach, for Ray's own state.")
+__all__ = [
+    "BudgetSection",
+    "ClusterSection",
+    "Constraint",
+    "DataSection",
+    "DevicesSection",
+    "EvaluateSection",
+    "Experiment",
+    "FinalistsSection",
+    "LeaveSection",
+    "ModelSection",
+    "MonitorSection",
+    "RetrainSection",
+    "Section",
+    "SelectSection",
+    "ServeSection",
+    "SweepSection",
+    "TrackingSection",
+]
 
 
 class Experiment(Section):
@@ -332,12 +80,19 @@ class Experiment(Section):
                 f"select.maximise: is {self.select.maximise!r}, but evaluate.metrics gives {sorted(names)}"
             )
         figures = names | {"eval_loss"} | set(Cost.model_fields) | set(Speed.model_fields) - {"how"}
-        for index, constraint in enumerate(self.select.subject_to):
-            if constraint.metric not in figures:
-                raise ValueError(
-                    f"select.subject_to.{index}: no trial records {constraint.metric!r}"
-                    + (did_you_mean(constraint.metric, figures) or f"; there are {sorted(figures)}")
-                )
+        used = {f"select.subject_to.{i}": c.metric for i, c in enumerate(self.select.subject_to)}
+        for aim in ("minimise", "maximise"):
+            used |= {f"sweep.search.{aim}.{i}": n for i, n in enumerate(getattr(self.sweep.search, aim, ()))}
+        for where, name in used.items():
+            if name not in figures:
+                hint = did_you_mean(name, figures) or f"; there are {sorted(figures)}"
+                raise ValueError(f"{where}: no trial records {name!r}{hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _priced(self) -> Experiment:
+        if self.sweep.budget.money is not None and not self.cluster.prices:
+            raise ValueError("sweep.budget.money: needs cluster.prices, as {CPU: 0.05, GPU: 2.0} an hour")
         return self
 
     @classmethod
@@ -408,20 +163,11 @@ class Experiment(Section):
                 ) from error
             except ValidationError as error:
                 raise explain_method(path, tree, where, entry, error) from error
-        known = {m.name for m in self.sweep.expanded()}
-        for name in self.sweep.ray_train:
-            if name not in known:
-                raise ConfigError(
-                    f"{place(path, tree, ('sweep', 'ray_train'))}: sweep.ray_train: {name!r} is not swept",
-                    f"name one of {sorted(known)}",
-                )
-
-
-def _constraint(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    for sense in ("<=", ">="):
-        metric, found, bound = value.partition(sense)
-        if found:
-            return {"metric": metric.strip(), "sense": sense, "bound": bound.strip()}
-    raise ValueError(f"{value!r} is not a bound; write for instance 'latency_p95_ms <= 4000'")
+        known = {arm.method for arm in self.sweep.arms}
+        for field in ("ray_train", "devices"):
+            for name in getattr(self.sweep, field):
+                if name not in known:
+                    raise ConfigError(
+                        f"{place(path, tree, ('sweep', field))}: sweep.{field}: {name!r} is not swept",
+                        f"name one of {sorted(known)}",
+                    )

@@ -33,7 +33,17 @@ class ModelError(RegraftError):
 
 
 class ServiceError(RegraftError):
-    """A server (MLflow, Ray, the endpoint) that cannot be reached or started."""
+    """A server (MLflow, Ray, the endpoint) that cannot be reached or started.
+
+    Args:
+        problem: What is wrong.
+        mend: What to do about it.
+        away: Whether nobody answered: the same call may succeed later.
+    """
+
+    def __init__(self, problem: str, mend: str = "", *, away: bool = False) -> None:
+        super().__init__(problem, mend)
+        self.away = away
 
 
 class InfeasibleTrialError(RegraftError):

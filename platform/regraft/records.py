@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["system", "user", "assistant"]
-TrialStatus = Literal["completed", "stopped", "infeasible", "failed"]
+#: `stopped` by a rule, for good; `cancelled` from outside, and worth going on with.
+TrialStatus = Literal["completed", "stopped", "infeasible", "failed", "cancelled"]
 
 
 def content_hash(value: Any, length: int = 16) -> str:
@@ -179,6 +180,7 @@ class TrialResult(Record):
     """One trial of a sweep: what it was, what came of it, where it is kept.
 
     `data` counts what became of the examples it trained on and took its loss over: kept, dropped, truncated.
+    `repeat_of` is the key of the trial that this one repeats with another seed.
     """
 
     key: str
@@ -191,6 +193,8 @@ class TrialResult(Record):
     dataset_id: str
     status: TrialStatus
     reason: str = ""
+    seed: int = 0
+    repeat_of: str = ""
     logged_model_id: str | None = None
     eval_loss: float | None = None
     cost: Cost = Cost()
@@ -203,6 +207,17 @@ class TrialResult(Record):
         """Whether this trial is the untuned base model, with examples in its prompt or without."""
         return self.method.get("name") in {"zero_shot", "few_shot"}
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """All figures by the names that constraints and searches use."""
+        found = dict(self.report.means) if self.report else {}
+        if self.eval_loss is not None:
+            found["eval_loss"] = self.eval_loss
+        found |= {k: float(v) for k, v in self.cost.model_dump().items()}
+        if self.speed is not None:
+            found |= {k: float(v) for k, v in self.speed.model_dump(exclude={"how"}).items()}
+        return found
+
 
 class Interval(Record):
     """A mean with its confidence interval."""
@@ -214,7 +229,11 @@ class Interval(Record):
 
 
 class LeaderboardRow(Record):
-    """One candidate of a leaderboard."""
+    """One candidate of a leaderboard.
+
+    Of one that was repeated, `quality` is over the examples' means of all its seeds, and `seeds` are the
+    seeds' own means; key, run and metrics are those of the first.
+    """
 
     rank: int | None
     key: str
@@ -224,6 +243,7 @@ class LeaderboardRow(Record):
     status: TrialStatus
     reason: str = ""
     quality: Interval | None = None
+    seeds: tuple[float, ...] = ()
     metrics: dict[str, float] = {}
     on_pareto_front: bool = False
     is_control: bool = False

@@ -261,3 +261,30 @@ def test_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
         found = mean_interval(noisy(0.5, 60, seed), level=0.9, resamples=400)
         covered += found.low <= 0.5 <= found.high
     assert 165 <= covered <= 195  # 180 expected, ± 3.5 standard deviations
+
+
+def test_a_method_repeated_over_seeds_is_one_row_judged_by_their_mean() -> None:
+    lucky, steady = trial("lucky", 0.9), trial("steady", 0.7)
+    repeats = [
+        trial(f"lucky-{seed}", 0.3).model_copy(update={"repeat_of": "lucky", "seed": seed}) for seed in (1, 2)
+    ]
+    found = board(lucky, steady, *repeats)
+    assert [(row.key, row.rank) for row in found.rows] == [("steady", 1), ("lucky", 2)]
+    assert found.winner_key == "steady"
+    row = found.rows[1]
+    assert row.seeds == pytest.approx((0.9, 0.3, 0.3))
+    assert row.quality is not None
+    assert row.quality.mean == pytest.approx(0.5)
+    assert row.run_id == "run-lucky"
+
+
+def test_a_repeat_that_failed_is_shown_and_does_not_count() -> None:
+    failed = trial("again", status="failed", reason="died").model_copy(
+        update={"repeat_of": "first", "seed": 1}
+    )
+    found = board(trial("first", 0.9), failed)
+    assert [(row.key, row.rank, row.reason) for row in found.rows] == [
+        ("first", 1, ""),
+        ("again", None, "died"),
+    ]
+    assert found.rows[0].seeds == ()

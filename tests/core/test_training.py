@@ -610,16 +610,23 @@ def test_trial_that_cannot_run_is_recorded_with_its_reason_and_never_raises(
     assert math.isinf(reports[-1]["eval_loss"])
 
 
-def test_trial_stopped_from_outside_is_recorded_as_stopped_and_still_ends(
+def test_trial_stopped_from_outside_has_told_what_it_cost_and_leaves_the_record_to_who_stopped_it(
     tiny_model: Path, runs: list[FakeRun]
 ) -> None:
-    def stop(_: dict[str, Any]) -> None:
+    reports: list[dict[str, Any]] = []
+
+    def stop(metrics: dict[str, Any]) -> None:
+        reports.append(metrics)
         raise SystemExit
 
     with pytest.raises(SystemExit):
         run_trial(spec(tiny_model, LORA), DATASET, report=stop, bases=BaseCache())
-    assert [r.status for r in runs[0].results] == ["stopped"]
-    assert runs[0].results[0].eval_loss is not None
+    assert runs[0].results == []
+    (only,) = reports
+    assert only["eval_loss"] > 0
+    assert all(
+        only["cost"][figure] > 0 for figure in ("trainable_parameters", "tokens_seen", "memory_peak_gib")
+    )
 
 
 def test_failed_trial_is_recorded_with_its_error_and_raised(

@@ -43,7 +43,7 @@ def tiny_experiment(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) 
             "epochs": 1,
             "tokens_per_batch": 256,
             "evaluations": 2,
-            "asha": None,
+            "stopping": None,
             "ray_train": ["full"],
         },
         "evaluate": {"max_new_tokens": 8, "latency_prompts": 1},

@@ -1,8 +1,10 @@
 """The sweep as a Ray job, as a person on a cluster submits it."""
 
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from regraft.cluster.jobs import cancel, client, follow, submit_once
 from regraft.cluster.local import start_local_ray, stop_local_ray
@@ -59,3 +61,44 @@ def test_a_cancelled_job_ends_as_stopped(services):
         pass  # each look is a request: this waits for the state, not for a time
     assert cancel(jobs, "endless")
     assert follow(jobs, "endless", lambda _: None) == "STOPPED"
+
+
+def test_a_cancelled_sweep_closes_its_runs_and_leaves_nothing_behind(
+    services, tiny_experiment: Path, tmp_path: Path
+):
+    from mlflow import MlflowClient
+    from ray.util.state import list_actors, list_placement_groups
+
+    uri, jobs, environment = services
+    experiment = yaml.safe_load((tiny_experiment / "regraft.yaml").read_text())
+    experiment["name"] = "cancelled"
+    experiment["sweep"] |= {"epochs": 5000, "evaluations": 100}
+    experiment["sweep"]["methods"] = [{"name": "full"}, {"name": "lora", "rank": 2}]
+    experiment["data"] = {
+        "train": str(tiny_experiment / "data/train.jsonl"),
+        "evaluation": str(tiny_experiment / "data/evaluation.jsonl"),
+    }
+    file = tmp_path / "regraft.yaml"
+    file.write_text(yaml.safe_dump(experiment))
+    command = f"python {ROOT}/jobs/sweep.py {file}"
+    submit_once(jobs, "cancelled", command, runtime_env={"env_vars": environment})
+    api = client(jobs)
+    # Both the inline trial and the one in Ray Train are under way.
+    while not all(f"{name}: 1/100" in api.get_job_logs("cancelled") for name in ("lr=0.0001", "lr=0.002")):
+        assert str(api.get_job_status("cancelled")) in {"PENDING", "RUNNING"}, api.get_job_logs("cancelled")
+    assert cancel(jobs, "cancelled")
+    assert follow(jobs, "cancelled", lambda _: None) == "STOPPED"
+    store = MlflowClient(uri)
+    (where,) = store.search_experiments(filter_string="name = 'cancelled'")
+    runs = store.search_runs([where.experiment_id])
+    assert {(r.data.tags["role"], r.info.status) for r in runs} == {("sweep", "KILLED"), ("trial", "KILLED")}
+    assert len(runs) == 3
+
+    def held() -> list[str]:
+        actors = list_actors(address=jobs, filters=[("state", "=", "ALIVE")])
+        groups = list_placement_groups(address=jobs)
+        return [a.class_name for a in actors] + [g.placement_group_id for g in groups if g.state != "REMOVED"]
+
+    deadline = time.monotonic() + 60
+    while left := held():  # Ray ends a job's actors after the job
+        assert time.monotonic() < deadline, left

@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from regraft.cluster.local import set_environment
-from regraft.config import Experiment
+from regraft.config import Experiment, SweepSection
 from regraft.data.dataset import load_dataset
 
 
@@ -56,7 +56,7 @@ def test_a_sweep_uses_both_nodes_and_records_every_trial(
     experiment = Experiment.load(tiny_experiment)
     dataset = load_dataset(experiment.name, experiment.data)
     lines: list[str] = []
-    _, run_id, results = run_sweep(
+    _, run_id, results, _ = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lines.append
     )
     assert {r.label: r.status for r in results} == {
@@ -76,7 +76,7 @@ def test_a_sweep_uses_both_nodes_and_records_every_trial(
 
     # The same sweep again: everything is found, nothing is run.
     again: list[str] = []
-    _, same_run, found = run_sweep(
+    _, same_run, found, _ = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=again.append
     )
     assert same_run == run_id
@@ -110,7 +110,7 @@ def test_a_trial_that_cannot_fit_is_infeasible_with_its_reason_and_the_sweep_goe
     sweep = sweep.model_copy(update={"trial_memory_gib": (small + large) / 2})
     experiment = experiment.model_copy(update={"sweep": sweep, "name": "tight"})
     dataset = load_dataset(experiment.name, experiment.data)
-    plan, _, results = run_sweep(
+    plan, _, results, _ = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lambda _: None
     )
     by_rank = {r.method.get("rank"): r for r in results}
@@ -125,6 +125,93 @@ def test_a_trial_that_cannot_fit_is_infeasible_with_its_reason_and_the_sweep_goe
     assert "needs at least" in row.reason
 
 
+def test_a_search_learns_repeats_its_best_and_begins_the_next_with_what_it_knows(
+    two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path
+):
+    from regraft.tuning.sweep import run_sweep
+
+    experiment = Experiment.load(tiny_experiment)
+    methods = (
+        {"name": "zero_shot"},
+        {"name": "lora", "rank": [2, 4], "learning_rate": {"loguniform": [1e-3, 1e-1]}},
+    )
+
+    def swept(trials: int):
+        search = {"name": "tpe", "trials": trials, "startup": 2}
+        changes = {
+            "methods": methods,
+            "search": search,
+            "finalists": {"count": 1, "seeds": 2},
+            "ray_train": (),
+        }
+        sweep = SweepSection.model_validate(experiment.sweep.model_dump() | changes)
+        named = experiment.model_copy(update={"sweep": sweep, "name": "learned"})
+        dataset = load_dataset(named.name, named.data)
+        lines: list[str] = []
+        return *run_sweep(
+            named, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lines.append
+        ), lines
+
+    _, _, results, _, _ = swept(4)
+    assert [r.status for r in results] == ["completed"] * 5
+    best = max(
+        (r for r in results if not r.is_control and not r.repeat_of), key=lambda r: r.figures["rougeL"]
+    )
+    (repeat,) = (r for r in results if r.repeat_of)
+    assert (repeat.repeat_of, repeat.method, repeat.seed) == (best.key, best.method, best.seed + 1)
+
+    _, _, more, _, lines = swept(6)
+    assert "the search begins with what 4 earlier trials came to" in lines
+    assert len({r.key for r in more if not r.repeat_of}) == 6
+
+
+def test_a_trial_that_the_budget_cut_short_is_killed_and_goes_on_when_started_again(
+    two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from regraft.tuning import sweep as sweeps
+
+    experiment = Experiment.load(tiny_experiment)
+    changes = {
+        "methods": ({"name": "lora", "rank": 2, "learning_rate": 0.01}, {"name": "ia3"}),
+        "checkpoint_seconds": 0, "epochs": 4, "tokens_per_batch": 128, "evaluations": 4, "ray_train": (),
+        "max_concurrent": 1,
+    }  # fmt: skip
+    sweep = experiment.sweep.model_copy(update=changes)
+    experiment = experiment.model_copy(update={"sweep": sweep, "name": "cut"})
+    dataset = load_dataset(experiment.name, experiment.data)
+    lines: list[str] = []
+
+    class UsedUp(sweeps.Ledger):
+        """A budget that is used up with the second point of the first trial."""
+
+        @property
+        def over(self) -> str | None:
+            return "the sweep's budget is used up" if any(": 2/4" in line for line in lines) else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps, "Ledger", UsedUp)
+        with pytest.raises(sweeps.NothingCompletedError, match="cancelled: the sweep's budget is used up"):
+            sweeps.run_sweep(
+                experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lines.append
+            )
+    client = MlflowClient(mlflow_url)
+    (where,) = client.search_experiments(filter_string="name = 'cut'")
+    (run,) = client.search_runs([where.experiment_id], "tags.role = 'trial'")
+    assert (run.info.status, run.data.tags["status"]) == ("KILLED", "cancelled")
+
+    _, _, results, left_out = sweeps.run_sweep(
+        experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lines.append
+    )
+    assert [r.status for r in results] == ["completed", "completed"]
+    assert left_out == ()
+    again = client.get_run(run.info.run_id)
+    assert (again.info.status, again.data.tags["attempt"]) == ("FINISHED", "2")
+    curve = client.get_metric_history(run.info.run_id, "eval/loss")
+    assert len({point.step for point in curve}) == 4
+    first = [p.value for p in curve if p.step == min(point.step for point in curve)]
+    assert len(set(first)) == 1, "what was reported before it was cut is reported again, and the same"
+
+
 def test_a_trial_sharded_over_two_workers_is_scored_and_kept_as_any_other(
     two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path
 ):
@@ -136,7 +223,7 @@ def test_a_trial_sharded_over_two_workers_is_scored_and_kept_as_any_other(
     )
     experiment = experiment.model_copy(update={"sweep": sweep, "name": "two-workers"})
     dataset = load_dataset(experiment.name, experiment.data)
-    _, _, (result,) = run_sweep(
+    _, _, (result,), _ = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lambda _: None
     )
     assert result.status == "completed", result.reason

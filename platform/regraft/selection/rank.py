@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -32,17 +33,6 @@ class Bound(Protocol):
 _PRICES = ("train_seconds", "memory_peak_gib", "latency_p95_ms")
 
 
-def figures(trial: TrialResult) -> dict[str, float]:
-    """All figures of a trial by the names that constraints use."""
-    found = dict(trial.report.means) if trial.report else {}
-    if trial.eval_loss is not None:
-        found["eval_loss"] = trial.eval_loss
-    found |= {k: float(v) for k, v in trial.cost.model_dump().items()}
-    if trial.speed is not None:
-        found |= {k: float(v) for k, v in trial.speed.model_dump(exclude={"how"}).items()}
-    return found
-
-
 def rank(
     trials: Sequence[TrialResult],
     *,
@@ -56,7 +46,8 @@ def rank(
 
     The winner is the best that was trained, completed, and meets every constraint; among equals the one that
     trained fastest. The control is ranked beside them but never wins: there would be nothing to serve that
-    is not served already.
+    is not served already. A method that was repeated with other seeds is one row, judged by the mean over its
+    seeds; what would be served is its first run, not the luckiest.
 
     Args:
         trials: Results of one sweep, whatever their status.
@@ -66,27 +57,32 @@ def rank(
         level: Coverage of the intervals.
         resamples: Bootstrap samples.
     """
-    scored = [
-        t for t in trials if t.status == "completed" and t.report is not None and objective in t.report.means
-    ]
-    scored.sort(key=lambda t: (-_quality(t, objective), t.cost.train_seconds))
-    front = _pareto_front(scored, objective)
+    runs: dict[str, list[TrialResult]] = {}
+    for trial in trials:
+        if trial.status == "completed" and trial.report is not None and objective in trial.report.means:
+            runs.setdefault(trial.repeat_of or trial.key, []).append(trial)
+    firsts = {t.key for t in trials if not t.repeat_of}
+    scored = [own[0] for key, own in runs.items() if key in firsts and own[0].key == key]
+    means = {t.key: statistics.fmean(_quality(run, objective) for run in runs[t.key]) for t in scored}
+    scored.sort(key=lambda t: (-means[t.key], t.cost.train_seconds))
+    front = _pareto_front(scored, means)
     broken = {t.key: [c for c in constraints if not _meets(t, c)] for t in scored}
     rows = []
     for place, trial in enumerate(scored, start=1):
-        assert trial.report is not None
-        values = [e.scores[objective] for e in trial.report.examples if objective in e.scores]
+        own = runs[trial.key]
         reason = "; ".join(_say_broken(trial, c) for c in broken[trial.key])
         rows.append(
             _row(trial, place, reason).model_copy(
                 update={
-                    "quality": mean_interval(values, level=level, resamples=resamples),
+                    "quality": mean_interval(_by_example(own, objective), level=level, resamples=resamples),
+                    "seeds": tuple(_quality(run, objective) for run in own) if len(own) > 1 else (),
                     "on_pareto_front": trial.key in front,
                     "meets_constraints": not broken[trial.key],
                 }
             )
         )
-    others = [t for t in trials if t.key not in {s.key for s in scored}]
+    settled = {run.key for t in scored for run in runs[t.key]}
+    others = [t for t in trials if t.key not in settled]
     rows += [_row(t, None, t.reason) for t in others]
     winner = next((t for t in scored if not broken[t.key] and not t.is_control), None)
     return Leaderboard(
@@ -95,7 +91,7 @@ def rank(
         objective=objective,
         rows=tuple(rows),
         winner_key=winner.key if winner else None,
-        winner_reason=_why(winner, scored, objective, constraints),
+        winner_reason=_why(winner, scored, means, objective, constraints),
     )
 
 
@@ -108,7 +104,7 @@ def _row(trial: TrialResult, place: int | None, reason: str) -> LeaderboardRow:
         method=trial.method,
         status=trial.status,
         reason=reason,
-        metrics=figures(trial),
+        metrics=trial.figures,
         is_control=trial.is_control,
     )
 
@@ -118,11 +114,20 @@ def _quality(trial: TrialResult, objective: str) -> float:
     return trial.report.mean(objective)
 
 
-def _pareto_front(trials: Sequence[TrialResult], objective: str) -> set[str]:
+def _by_example(runs: Sequence[TrialResult], objective: str) -> list[float]:
+    """The score of each example, on average over the runs that have one."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for example in run.report.examples if run.report else ():
+            if objective in example.scores:
+                found.setdefault(example.example_id, []).append(example.scores[objective])
+    return [statistics.fmean(values) for values in found.values()]
+
+
+def _pareto_front(trials: Sequence[TrialResult], quality: dict[str, float]) -> set[str]:
     """Keys of trials that no other beats or equals in everything while beating it in something."""
     points = {
-        t.key: (_quality(t, objective), *(-figures(t).get(price, float("inf")) for price in _PRICES))
-        for t in trials
+        t.key: (quality[t.key], *(-t.figures.get(price, float("inf")) for price in _PRICES)) for t in trials
     }
     return {
         key
@@ -135,27 +140,31 @@ def _pareto_front(trials: Sequence[TrialResult], objective: str) -> set[str]:
 
 
 def _meets(trial: TrialResult, bound: Bound) -> bool:
-    value = figures(trial).get(bound.metric)
+    value = trial.figures.get(bound.metric)
     if value is None:
         return False
     return value <= bound.bound if bound.sense == "<=" else value >= bound.bound
 
 
 def _say_broken(trial: TrialResult, bound: Bound) -> str:
-    value = figures(trial).get(bound.metric)
+    value = trial.figures.get(bound.metric)
     had = "not recorded" if value is None else f"{value:.4g}"
     return f"{bound.metric} is {had}, not {bound.sense} {bound.bound:g}"
 
 
 def _why(
-    winner: TrialResult | None, scored: Sequence[TrialResult], objective: str, constraints: Sequence[Bound]
+    winner: TrialResult | None,
+    scored: Sequence[TrialResult],
+    quality: dict[str, float],
+    objective: str,
+    constraints: Sequence[Bound],
 ) -> str:
     if winner is None:
         return "no trained candidate completed and met every constraint"
     bounds = " and ".join(f"{c.metric} {c.sense} {c.bound:g}" for c in constraints)
-    words = f"highest {objective} ({_quality(winner, objective):.3f})"
+    words = f"highest {objective} ({quality[winner.key]:.3f})"
     words += f" of those with {bounds}" if bounds else f" of {len(scored)}"
     control = next((t for t in scored if t.is_control), None)
     if control is not None:
-        words += f"; the control {control.label} scores {_quality(control, objective):.3f}"
+        words += f"; the control {control.label} scores {quality[control.key]:.3f}"
     return words

@@ -8,5 +8,7 @@ for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Its seven tries block for minutes; what can wait for a server that is away is tried again by a thread.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }.items():
     os.environ.setdefault(_name, _value)

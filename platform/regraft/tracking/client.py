@@ -42,10 +42,21 @@ def guarded(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P
         except (MlflowException, requests.RequestException) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:500]
             raise ServiceError(
-                f"MLflow at {self.uri}: {reason}", "see that the server runs and that tracking.uri names it"
+                f"MLflow at {self.uri}: {reason}",
+                "see that the server runs and that tracking.uri names it",
+                away=_nobody_answered(error),
             ) from error
 
     return call
+
+
+def _nobody_answered(error: BaseException | None) -> bool:
+    """Whether a connection failed somewhere below: MLflow wraps what the requests library raised."""
+    while error is not None:
+        if isinstance(error, requests.ConnectionError | requests.Timeout):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def has_code(error: MlflowException, *codes: str) -> bool:

@@ -24,6 +24,7 @@ def markdown(leaderboard: Leaderboard) -> str:
 def _cells(row: LeaderboardRow, names: list[str], wins: bool) -> list[str]:
     quality = row.quality
     interval = f"{quality.mean:.4f} [{quality.low:.4f}, {quality.high:.4f}]" if quality else ""
+    interval += f", {len(row.seeds)} seeds {min(row.seeds):.4f} to {max(row.seeds):.4f}" if row.seeds else ""
     label = f"**{row.label}**" if wins else row.label
     return [
         "" if row.rank is None else str(row.rank),

@@ -10,7 +10,7 @@ import json
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
@@ -24,12 +24,15 @@ from regraft.records import (
     PromotionDecision,
     RetrainDecision,
     TrialResult,
+    TrialStatus,
 )
 from regraft.tracking.client import guarded, has_code, log_decision, now_ms, to_json
 from regraft.tracking.leaderboard import markdown
 from regraft.tracking.trials import RESULT_FILE, TAG_CHARACTERS, TrialRun, dataset_split_name, end_tags
 from regraft.tracking.view import METRICS, VIEW_TAG, view_path, view_value
 
+#: What MLflow calls a run that ended so; FINISHED all others.
+ENDS = {"failed": "FAILED", "cancelled": "KILLED"}
 #: Trials with one of these need not be run again.
 SETTLED = frozenset({"completed", "stopped", "infeasible"})
 
@@ -101,6 +104,16 @@ class Tracker:
         self._client.set_terminated(run_id, status)
 
     @guarded
+    def has_sweep(self, sweep_id: str) -> bool:
+        """Whether a sweep was begun before."""
+        return bool(self._search({"role": "sweep", "sweep": sweep_id}))
+
+    @guarded
+    def end_sweep(self, run_id: str, status: str) -> None:
+        """End the run of a sweep that did not come to a leaderboard: `FAILED` or `KILLED`."""
+        self._client.set_terminated(run_id, status)
+
+    @guarded
     def start_trial(
         self,
         sweep_run_id: str,
@@ -124,6 +137,7 @@ class Tracker:
         tags = {"role": "trial", "sweep": sweep_id, "trial_key": key}
         run = self._resume(tags, name=label, parent=sweep_run_id)
         run_id = str(run.info.run_id)
+        self._client.set_tag(run_id, "dataset", dataset.id)
         self._client.set_tag(run_id, "attempt", str(int(run.data.tags.get("attempt", "0")) + 1))
         self._describe(run, params, dataset)
         return TrialRun(
@@ -140,7 +154,7 @@ class Tracker:
         sweep_id: str,
         key: str,
         *,
-        status: Literal["stopped", "failed", "infeasible"],
+        status: TrialStatus,
         reason: str,
         result: TrialResult | None = None,
     ) -> str | None:
@@ -167,23 +181,77 @@ class Tracker:
                     record = result.model_copy(update={"run_id": run_id})
                     self._client.log_text(run_id, to_json(record), RESULT_FILE)
                 self._client.log_batch(run_id, tags=end_tags(status, reason))
-                self._client.set_terminated(run_id, "FAILED" if status == "failed" else "FINISHED")
+                self._client.set_terminated(run_id, ENDS.get(status, "FINISHED"))
         return newest
 
     @guarded
     def find_trial(self, key: str) -> TrialResult | None:
         """The newest settled result of the same work in any sweep of this experiment, if there is one."""
         for run in self._search({"role": "trial", "trial_key": key}):
-            if run.info.status == "RUNNING" or run.data.tags.get("status") not in SETTLED:
-                continue
-            # One that was killed from outside may be tagged as stopped and have no record of its own.
-            files = {f.path for f in self._client.list_artifacts(run.info.run_id)}
-            if RESULT_FILE not in files:
-                continue
-            result = TrialResult.model_validate(self._read_json(run.info.run_id, RESULT_FILE))
-            if result.status in SETTLED:
+            if (result := self._settled(run)) is not None:
                 return result
         return None
+
+    @guarded
+    def finished_trials(self) -> FinishedTrials:
+        """All settled trials of this experiment by key: asked for once, however many a sweep has."""
+        runs: dict[str, list[Run]] = {}
+        for run in self._search({"role": "trial"}):
+            if _is_settled(run):
+                runs.setdefault(run.data.tags.get("trial_key", ""), []).append(run)
+        return FinishedTrials(self, runs)
+
+    @guarded
+    def results_on(self, dataset_id: str) -> list[TrialResult]:
+        """Settled results on a dataset version, of all sweeps, oldest first; of the same work the newest."""
+        found: dict[str, TrialResult] = {}
+        for run in self._search({"role": "trial", "dataset": dataset_id}):
+            result = self._settled(run)
+            if result is not None:
+                found.setdefault(result.key, result)
+        return list(found.values())[::-1]
+
+    @guarded
+    def results_in(self, sweep_id: str) -> dict[str, TrialResult]:
+        """Records of a sweep's own trials by key, whatever became of them; those without one are left out."""
+        found: dict[str, TrialResult] = {}
+        for run in self._search({"role": "trial", "sweep": sweep_id}):
+            files = {f.path for f in self._client.list_artifacts(run.info.run_id)}
+            if run.info.status != "RUNNING" and RESULT_FILE in files:
+                result = TrialResult.model_validate(self._read_json(run.info.run_id, RESULT_FILE))
+                found.setdefault(result.key, result)
+        return found
+
+    def _settled(self, run: Run) -> TrialResult | None:
+        """The record of a run that came to an end for good."""
+        if not _is_settled(run):
+            return None
+        # One that was killed from outside may be tagged as stopped and have no record of its own.
+        files = {f.path for f in self._client.list_artifacts(run.info.run_id)}
+        if RESULT_FILE not in files:
+            return None
+        result = TrialResult.model_validate(self._read_json(run.info.run_id, RESULT_FILE))
+        return result if result.status in SETTLED else None
+
+    @guarded
+    def result_of(self, run_id: str) -> TrialResult:
+        """The record of one trial's run.
+
+        Raises:
+            ServiceError: If there is no such run, or it has no record: it runs still, or is no trial's.
+        """
+        files = {f.path for f in self._client.list_artifacts(run_id)}
+        if RESULT_FILE not in files:
+            raise ServiceError(
+                f"the run {run_id} has no record of a trial", "name a trial's run that has ended, by its id"
+            )
+        return TrialResult.model_validate(self._read_json(run_id, RESULT_FILE))
+
+    @guarded
+    def log_report(self, run_id: str, *, html: str, text: str) -> None:
+        """Keep a sweep's report with its run, as a page and as Markdown."""
+        self._client.log_text(run_id, html, "report.html")
+        self._client.log_text(run_id, text, "report.md")
 
     @guarded
     def log_drift(self, report: DriftReport, html: Path | None) -> str:
@@ -235,9 +303,14 @@ class Tracker:
     def _search(self, tags: dict[str, str]) -> list[Run]:
         """Runs with all of these tags, the newest first."""
         wanted = " AND ".join(f"tags.{key} = '{value}'" for key, value in tags.items())
-        return list(
-            self._client.search_runs([self.experiment_id], wanted, order_by=["attributes.start_time DESC"])
-        )
+        found, token = [], None
+        while True:
+            page = self._client.search_runs(
+                [self.experiment_id], wanted, order_by=["attributes.start_time DESC"], page_token=token
+            )
+            found += list(page)
+            if not (token := page.token):
+                return found
 
     def _resume(self, tags: dict[str, str], *, name: str, parent: str | None = None) -> Run:
         """The run with these tags, set running; made if there is none."""
@@ -266,6 +339,24 @@ class Tracker:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(self._client.download_artifacts(run_id, name, folder))
             return json.loads(path.read_text(encoding="utf-8"))
+
+
+class FinishedTrials:
+    """Settled trials by key, as they stood when asked for; records are read when they are wanted."""
+
+    def __init__(self, tracker: Tracker, runs: dict[str, list[Run]]) -> None:
+        self._tracker, self._runs = tracker, runs
+
+    def get(self, key: str) -> TrialResult | None:
+        """The newest result of the work, if there is one."""
+        for run in self._runs.get(key, ()):
+            if (result := self._tracker._settled(run)) is not None:
+                return result
+        return None
+
+
+def _is_settled(run: Run) -> bool:
+    return run.info.status != "RUNNING" and run.data.tags.get("status") in SETTLED
 
 
 def _dataset_input(dataset: DatasetVersion, split: str) -> DatasetInput:

@@ -13,6 +13,7 @@ from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, RunTag
 from mlflow.models import Model
 
 from regraft.records import EvalReport, LossPoint, TrialResult
+from regraft.tracking.background import InOrder, patiently
 from regraft.tracking.client import SHA_TAG, guarded, hash_folder, now_ms, refuse_pickles, to_json
 
 RESULT_FILE = "trial_result.json"
@@ -42,11 +43,27 @@ class TrialRun:
         self._experiment_id = experiment_id
         self._dataset_name = dataset_name
         self._last_step = 0
+        self._later = InOrder()
+
+    def log_curve(self, points: Sequence[LossPoint]) -> None:
+        """Log points of the learning curve, all in one request where they fit in one.
+
+        Training does not wait for it: it is logged in the background, and again while the server is away.
+        """
+        self._last_step = max(self._last_step, *(point.step for point in points))
+        now = now_ms()
+        self._later.put(lambda: self._send_curve(points, now))
+
+    def settle(self) -> None:
+        """Wait until all that was logged has arrived.
+
+        Raises:
+            ServiceError: If the server refused it, or was away for too long.
+        """
+        self._later.wait()
 
     @guarded
-    def log_curve(self, points: Sequence[LossPoint]) -> None:
-        """Log points of the learning curve, all in one request where they fit in one."""
-        now = now_ms()
+    def _send_curve(self, points: Sequence[LossPoint], now: int) -> None:
         metrics = []
         for point in points:
             values = {
@@ -59,10 +76,8 @@ class TrialRun:
             # Not by the names of the whole set's scores, which stand at the last step too.
             values |= {f"eval/{name}_at_points": value for name, value in point.scores.items()}
             metrics += [Metric(key, value, now, point.step) for key, value in values.items()]
-            self._last_step = max(self._last_step, point.step)
         self._client.log_batch(self.run_id, metrics=metrics)
 
-    @guarded
     def log_adapter(self, folder: Path, *, name: str, params: dict[str, Any], step: int) -> str:
         """Keep what was trained, as plain files at the root of an MLflow logged model.
 
@@ -79,6 +94,10 @@ class TrialRun:
             ModelError: If the folder holds pickled weights.
         """
         refuse_pickles(folder)
+        return patiently(lambda: self._send_adapter(folder, name=name, params=params, step=step))
+
+    @guarded
+    def _send_adapter(self, folder: Path, *, name: str, params: dict[str, Any], step: int) -> str:
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         is_adapter = (folder / "adapter_config.json").exists()
         model = self._client.create_logged_model(
@@ -107,12 +126,16 @@ class TrialRun:
         self._last_step = max(self._last_step, step)
         return model_id
 
-    @guarded
     def finish(self, result: TrialResult) -> None:
-        """Log what came of the trial and end its run.
+        """Log what came of the trial and end its run; waits for the server where it is away.
 
         The record is written before the run ends: a run that has ended without one did not come this far.
         """
+        self.settle()
+        patiently(lambda: self._finish(result))
+
+    @guarded
+    def _finish(self, result: TrialResult) -> None:
         if result.report is not None:
             self._log_samples(result.report)
         self._client.log_text(self.run_id, to_json(result), RESULT_FILE)

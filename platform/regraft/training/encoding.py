@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from regraft.config import SweepSection, TooLong
+from regraft.config import SweepSection
 from regraft.data.dataset import union_of_evaluations
 from regraft.errors import DataError, ModelError
 from regraft.models import prompt_ids
 from regraft.records import DatasetVersion, Example, Message
+from regraft.sections import TooLong
 from regraft.templates import render, render_marked
 from regraft.training.batches import IGNORED, Encoded
 

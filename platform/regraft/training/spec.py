@@ -26,6 +26,7 @@ class TrialSpec(Record):
     sweep: SweepSection
     evaluate: EvaluateSection
     storage: str = ""
+    repeat_of: str = ""
 
     @property
     def parsed(self) -> Method:
@@ -82,8 +83,16 @@ class TrialSpec(Record):
             dataset_id=self.dataset_id,
             status=status,
             reason=reason,
+            seed=self.sweep.seed,
+            repeat_of=self.repeat_of,
             **known,
         )
+
+    @property
+    def named(self) -> str:
+        """The label, with the seed where it is not 0."""
+        seed = f" seed={self.sweep.seed}" if self.sweep.seed else ""
+        return self.parsed.label + seed
 
     @property
     def points(self) -> int:

@@ -19,6 +19,7 @@ from regraft.methods import Method
 from regraft.methods.base import trainable_parameters
 from regraft.models import ResolvedModel, embedding_rows, load_tokenizer, pick_device, resolve
 from regraft.records import Cost, DatasetVersion, Example, LossPoint, TrialResult, TrialStatus
+from regraft.tracking.background import patiently
 from regraft.tracking.runs import Tracker
 from regraft.tracking.trials import TrialRun
 from regraft.training.batches import Encoded
@@ -37,8 +38,6 @@ from regraft.training.steps import LoopSettings
 
 _log = logging.getLogger(__name__)
 
-STOPPED_REASON = "stopped early: others did better at the same point"
-
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -52,13 +51,14 @@ def run_trial(
 ) -> None:
     """Train, score and record one trial.
 
-    Whatever ends it is recorded in its run: completion, a stop from outside (`SystemExit` out of `report`),
-    infeasibility with its reason, or a failure, which is raised again.
+    Whatever ends it is recorded in its run: completion, infeasibility with its reason, or a failure, which is
+    raised again. A stop from outside (`SystemExit` out of `report`) is for whoever stopped it to record: here
+    nobody knows why. Each report has what is known by then.
 
     Args:
         spec: What to do.
         dataset: Its data; the id must be `spec.dataset_id`.
-        report: Called with `eval_loss`, `point` (1 to `spec.points`) and `status`.
+        report: Called with `eval_loss`, `point` (1 to `spec.points`), `status` and `cost`.
         bases: Clean base models of this process.
         workers: This process's place among those that train this trial; rank 0 records.
     """
@@ -68,13 +68,15 @@ def run_trial(
         params = spec.params | spec.sweep.model_dump(
             mode="json", include={"epochs", "tokens_per_batch", "seed"}
         )
-        run = tracker.start_trial(
-            spec.sweep_run_id,
-            sweep_id=spec.sweep_id,
-            key=spec.key,
-            label=spec.parsed.label,
-            params=params,
-            dataset=dataset,
+        run = patiently(
+            lambda: tracker.start_trial(
+                spec.sweep_run_id,
+                sweep_id=spec.sweep_id,
+                key=spec.key,
+                label=spec.named,
+                params=params,
+                dataset=dataset,
+            )
         )
     attempt = _Attempt(spec, dataset, run, report, bases, workers)
     try:
@@ -83,9 +85,6 @@ def run_trial(
         attempt.record(attempt.result("infeasible", error.problem))
         report({"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": error.problem})
         return
-    except (SystemExit, KeyboardInterrupt):
-        attempt.record(attempt.result("stopped", STOPPED_REASON))
-        raise
     except Exception as error:
         if _is_out_of_memory(error):
             reason = (
@@ -99,7 +98,8 @@ def run_trial(
         attempt.record(attempt.result("failed", f"{type(error).__name__}: {error}"))
         raise
     attempt.record(result)
-    report({"eval_loss": result.eval_loss, "point": spec.points, "status": "completed"})
+    metrics = {"eval_loss": result.eval_loss, "point": spec.points, "status": "completed"}
+    report(metrics | {"cost": result.cost.model_dump(), "figures": result.figures})
 
 
 class _Attempt:
@@ -150,6 +150,8 @@ class _Attempt:
         torch.manual_seed(spec.sweep.seed)
         model = method.apply(base)
         pad_id = int(tokenizer.pad_token_id)
+        trainable = sum(p.numel() for p in trainable_parameters(model))
+        self.cost = Cost(trainable_parameters=trainable)
         if method.trains:
             rows = self._counted("train", encode_train(tokenizer, self.dataset, spec.sweep, known))
             packing = self._packing(method, base, rows)
@@ -173,10 +175,9 @@ class _Attempt:
             self.points = [
                 LossPoint(step=0, tokens_seen=0, train_loss=loss, eval_loss=loss, learning_rate=0.0)
             ]
-        trainable = sum(p.numel() for p in trainable_parameters(model))
         self.cost = Cost(
             train_seconds=outcome.seconds,
-            trainable_parameters=trainable,
+            trainable_parameters=self.cost.trainable_parameters,
             tokens_seen=outcome.tokens_seen,
             memory_peak_gib=peak_gib(self.device),
         )
@@ -295,9 +296,14 @@ class _Attempt:
         if self.run is not None:
             self.run.log_curve([point])
         self.cost = self.cost.model_copy(
-            update={"tokens_seen": point.tokens_seen, "train_seconds": time.monotonic() - self.started}
+            update={
+                "tokens_seen": point.tokens_seen,
+                "train_seconds": time.monotonic() - self.started,
+                "memory_peak_gib": peak_gib(self.device),
+            }
         )
-        self.report({"eval_loss": point.eval_loss, "point": len(self.points), "status": "training"})
+        metrics = {"eval_loss": point.eval_loss, "point": len(self.points), "status": "training"}
+        self.report(metrics | {"cost": self.cost.model_dump()})
 
     def record(self, result: TrialResult) -> None:
         """Write the record, on the first worker; what is finished needs no checkpoint any more."""

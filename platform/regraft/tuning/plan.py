@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from regraft.config import Experiment
 from regraft.methods import Method
 from regraft.models import ResolvedModel, pick_device
-from regraft.records import DatasetVersion, TrialResult, content_hash
-from regraft.tracking.runs import Tracker
+from regraft.records import DatasetVersion, content_hash
 from regraft.training.memory import least_gib
 from regraft.training.preflight import (
     Batching,
@@ -20,54 +19,79 @@ from regraft.training.preflight import (
     seconds,
 )
 from regraft.training.spec import TrialSpec
+from regraft.tuning.budget import Demand
 
 
 class SweepPlan(NamedTuple):
-    """The trials of a sweep, in the order they start, and which of them are already finished."""
+    """A sweep by its id, and how it makes trials of methods.
+
+    The id is the hash of the space, the search and all that decides a trial's result: starting the same sweep
+    again continues it.
+    """
 
     sweep_id: str
-    specs: tuple[TrialSpec, ...]
-    finished: dict[str, TrialResult]
+    template: TrialSpec
+
+    def spec(self, method: Method, seed: int | None = None) -> TrialSpec:
+        """The trial of a method; with another seed, its repeat."""
+        sweep = self.template.sweep.of(method)
+        update: dict[str, Any] = {"method": method.model_dump(mode="json"), "sweep": sweep}
+        if seed is not None and seed != sweep.seed:
+            update |= {"sweep": sweep.model_copy(update={"seed": seed}), "repeat_of": self.spec(method).key}
+        return self.template.model_copy(update=update)
 
     @property
-    def remaining(self) -> tuple[TrialSpec, ...]:
-        """Trials that have to run."""
-        return tuple(s for s in self.specs if s.key not in self.finished)
+    def specs(self) -> tuple[TrialSpec, ...]:
+        """The trials known beforehand."""
+        return tuple(self.spec(method) for method in self.template.sweep.expanded())
 
 
 def plan_sweep(
-    experiment: Experiment, dataset: DatasetVersion, base: ResolvedModel, tracking_uri: str
+    experiment: Experiment,
+    dataset: DatasetVersion,
+    base: ResolvedModel,
+    tracking_uri: str,
+    *,
+    storage: str = "",
 ) -> SweepPlan:
-    """Expand the methods into trials and find those that are finished already.
-
-    The sweep's id is the hash of its trials: starting the same sweep again continues it.
-    """
-    specs = [
-        TrialSpec(
-            sweep_id="",
-            sweep_run_id="",
-            experiment=experiment.name,
-            tracking_uri=tracking_uri,
-            method=method.model_dump(mode="json"),
-            model=experiment.model,
-            base_revision=base.revision,
-            dataset_id=dataset.id,
-            sweep=experiment.sweep,
-            evaluate=experiment.evaluate,
-        )
-        for method in experiment.sweep.expanded()
-    ]
-    sweep_id = f"sweep-{content_hash(sorted(s.key for s in specs), 10)}"
-    tracker = Tracker(tracking_uri, experiment.name)
-    finished = {s.key: found for s in specs if (found := tracker.find_trial(s.key)) is not None}
-    return SweepPlan(sweep_id, tuple(s.model_copy(update={"sweep_id": sweep_id}) for s in specs), finished)
+    """What a sweep is, before anything runs."""
+    sweep = experiment.sweep
+    template = TrialSpec(
+        sweep_id="",
+        sweep_run_id="",
+        experiment=experiment.name,
+        tracking_uri=tracking_uri,
+        method={"name": "zero_shot"},
+        model=experiment.model,
+        base_revision=base.revision,
+        dataset_id=dataset.id,
+        sweep=sweep,
+        evaluate=experiment.evaluate,
+        storage=storage,
+    )
+    space = sweep.model_dump(mode="json", include={"methods", "search", "samples", "finalists", "devices"})
+    sweep_id = f"sweep-{content_hash([template.key, space], 10)}"
+    return SweepPlan(sweep_id, template.model_copy(update={"sweep_id": sweep_id}))
 
 
 def by_ray_train(method: Method, experiment: Experiment) -> bool:
     """Whether a trial runs as Ray Train instead of inline in its Tune actor."""
-    return method.trains and (
-        experiment.sweep.workers_per_trial > 1 or method.name in experiment.sweep.ray_train
-    )
+    sweep = experiment.sweep.of(method)
+    return method.trains and (sweep.workers_per_trial > 1 or method.name in sweep.ray_train)
+
+
+def demand_of(method: Method, experiment: Experiment, capacity: Demand | None = None) -> Demand:
+    """What a trial holds while it runs; of an elastic one as many workers as there is room for."""
+    sweep = experiment.sweep.of(method)
+    workers = sweep.workers_per_trial if by_ray_train(method, experiment) else 1
+    cpus, gpus = sweep.cpus_per_trial, sweep.gpus_per_trial
+    fewest = min(workers, sweep.min_workers or workers)
+    if capacity:
+        while workers > fewest and (workers * cpus > capacity.cpus or workers * gpus > capacity.gpus):
+            workers -= 1
+    prices = experiment.cluster.prices
+    gpu = prices.get("GPU", max((v for k, v in prices.items() if k != "CPU"), default=0.0))
+    return Demand(workers * cpus, workers * gpus, workers * (cpus * prices.get("CPU", 0.0) + gpus * gpu))
 
 
 class Forecast(NamedTuple):
@@ -88,11 +112,15 @@ def describe(experiment: Experiment, base: Path, train_tokens: int = 0) -> list[
         base: Folder of the base model.
         train_tokens: Of the training set, for the time of an epoch; unknown if 0.
     """
-    sweep, dtype, device = experiment.sweep, experiment.model.dtype, pick_device(experiment.model.device)
-    threads = max(1, int(sweep.cpus_per_trial))
-    rate = matmul_rate(threads, device) if train_tokens else 0.0
+    dtype, device = experiment.model.dtype, pick_device(experiment.model.device)
+    rates: dict[int, float] = {}
     rows = []
-    for method in sweep.expanded():
+    for method in experiment.sweep.expanded():
+        sweep = experiment.sweep.of(method)
+        threads = max(1, int(sweep.cpus_per_trial))
+        if train_tokens and threads not in rates:
+            rates[threads] = matmul_rate(threads, device)
+        rate = rates.get(threads, 0.0)
         workers = sweep.workers_per_trial if by_ray_train(method, experiment) else 1
         batching = Batching.of(sweep, experiment.evaluate, sharded=sweep.shard and workers > 1)
         memory = predict(method, base, dtype, device, batching)

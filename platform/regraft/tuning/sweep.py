@@ -7,22 +7,30 @@ trial leaks its workers' placement group.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, NamedTuple
 
 import ray
 from ray import tune
 
 from regraft.config import Experiment
-from regraft.errors import InfeasibleTrialError, RegraftError, ServiceError
+from regraft.errors import InfeasibleTrialError, RegraftError
+from regraft.methods import Method, parse_method
 from regraft.models import resolve
-from regraft.records import Cost, DatasetVersion, TrialResult
+from regraft.records import DatasetVersion, TrialResult
 from regraft.tracking.runs import Tracker
 from regraft.training.candidate import BaseCache
+from regraft.training.preflight import Batching, seconds
 from regraft.training.spec import TrialSpec
-from regraft.training.trial import STOPPED_REASON, run_trial
+from regraft.training.trial import run_trial
+from regraft.tuning.adapters import ByRule, Progress, Proposals, WithinBudget
+from regraft.tuning.budget import Demand, Ledger
+from regraft.tuning.conductor import Conductor
 from regraft.tuning.plan import SweepPlan, by_ray_train, plan_sweep
 
 #: Clean bases of this process: a reused trial actor finds here what its last trial gave back.
@@ -35,6 +43,19 @@ class NothingCompletedError(RegraftError):
     """Raised when no trial at all came through."""
 
 
+class NothingToResumeError(RegraftError):
+    """Raised when a sweep that was to go on had never begun."""
+
+
+class Swept(NamedTuple):
+    """What a sweep came to: its plan, its run, the results as they were proposed, what was left out."""
+
+    plan: SweepPlan
+    run_id: str
+    results: tuple[TrialResult, ...]
+    left_out: tuple[str, ...]
+
+
 def run_sweep(
     experiment: Experiment,
     dataset: DatasetVersion,
@@ -43,7 +64,8 @@ def run_sweep(
     storage: str,
     say: Say,
     tags: dict[str, Any] | None = None,
-) -> tuple[SweepPlan, str, tuple[TrialResult, ...]]:
+    resume: bool = False,
+) -> Swept:
     """Run all trials of an experiment that are not finished yet.
 
     Args:
@@ -53,133 +75,160 @@ def run_sweep(
         storage: Where Ray keeps its state: a folder or URI all nodes can reach.
         say: Called with a line whenever something worth seeing happened.
         tags: More parameters to keep with the sweep's run.
-
-    Returns:
-        The plan, the run id of the sweep, and the trials' results in the order of the plan.
+        resume: Insist that the sweep was begun before. It goes on from there in any case.
 
     Raises:
-        RegraftError: If no trial completed; the message gives each one's reason.
+        NothingCompletedError: If no trial completed; the message gives each one's reason.
+        NothingToResumeError: If `resume` is asked for a sweep that never began.
+        ServiceError: If a trial asks for more than the cluster has for this sweep.
     """
     base = resolve(experiment.model.source, experiment.model.revision, say)
-    plan = plan_sweep(experiment, dataset, base, tracking_uri)
+    plan = plan_sweep(experiment, dataset, base, tracking_uri, storage=storage)
     tracker = Tracker(tracking_uri, experiment.name)
-    run_id = tracker.start_sweep(
-        plan.sweep_id,
-        params={
-            "trials": len(plan.specs),
-            "base_model": base.source,
-            "base_revision": base.revision,
-            "dataset_id": dataset.id,
-            **(tags or {}),
-        },
-        dataset=dataset,
+    params = {"base_model": base.source, "base_revision": base.revision, "dataset_id": dataset.id}
+    params |= {"search": experiment.sweep.search.name} | (tags or {})
+    if resume and not tracker.has_sweep(plan.sweep_id):
+        raise NothingToResumeError(
+            f"{plan.sweep_id} was never begun on {tracking_uri}",
+            "a sweep is told by its methods, search, data and settings: undo what was changed since, or "
+            "start it without --resume; finished trials that fit are found either way",
+        )
+    run_id = tracker.start_sweep(plan.sweep_id, params=params, dataset=dataset)
+    template = plan.template.model_copy(update={"sweep_run_id": run_id})
+    plan = plan._replace(template=template)
+    sweep = experiment.sweep
+    proposer = sweep.search.proposer(sweep.arms, samples=sweep.samples, seed=sweep.seed)
+    conductor = Conductor(
+        experiment,
+        proposer,
+        plan.spec,
+        tracker.finished_trials().get,
+        Ledger(sweep.budget),
+        _capacity(experiment),
+        lambda method: _effort(method, experiment, base.path),
+        say,
     )
-    for result in plan.finished.values():
-        say(f"found {result.label}: {result.status}, not run again")
-    remaining = [s.model_copy(update={"sweep_run_id": run_id, "storage": storage}) for s in plan.remaining]
-    killed: dict[str, TrialResult] = {}
-    if remaining:
-        say(f"running {len(remaining)} trials of {len(plan.specs)}")
-        killed = _tune(experiment, dataset, remaining, storage, tracker, say)
-    results = tuple(
-        r
-        for s in plan.specs
-        if (r := plan.finished.get(s.key) or tracker.find_trial(s.key) or killed.get(s.key))
-    )
+    if sweep.search.learns:
+        _learn(conductor, plan, tracker, say)
+    try:
+        with _gently_ended():
+            records = _tune(experiment, dataset, conductor, plan, tracker, say)
+    except BaseException as error:
+        tracker.end_sweep(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    say(f"the sweep took {conductor.ledger.spent}")
+    known = records | tracker.results_in(plan.sweep_id) | conductor.found
+    results = tuple(known[key] for key in conductor.specs if key in known)
     if not any(r.status == "completed" for r in results):
         reasons = "\n".join(f"  {r.label}: {r.status}: {r.reason}" for r in results) or "  none left a record"
         raise NothingCompletedError(
             f"no trial completed:\n{reasons}", "see the runs in MLflow; mend the cause and start again"
         )
-    return plan, run_id, results
+    return Swept(plan, run_id, results, tuple(conductor.left_out))
 
 
 def _tune(
     experiment: Experiment,
     dataset: DatasetVersion,
-    specs: list[TrialSpec],
-    storage: str,
+    conductor: Conductor,
+    plan: SweepPlan,
     tracker: Tracker,
     say: Say,
 ) -> dict[str, TrialResult]:
-    """Run trials; gives the records of those that could not write their own."""
-    sweep = experiment.sweep
-    progress = _Progress(tracker, specs, say)
-    concurrent = _concurrency(experiment)
-    scheduler = None
-    if sweep.asha is not None:
-        scheduler = _PatientASHA(
-            sweep.asha.peers,
-            time_attr="point",
-            max_t=specs[0].points + 1,  # reaching it would end a trial before its last report is written
-            grace_period=sweep.asha.grace,
-            reduction_factor=sweep.asha.reduction,
-        )
-    arms = [
-        {"spec": s.model_dump(mode="json"), "train": by_ray_train(s.parsed, experiment), "storage": storage}
-        for s in _in_order(specs, experiment)
-    ]
+    """Run trials until the conductor has no more; gives what the driver knows of those without a record."""
+    rule = experiment.sweep.stopping.rule() if experiment.sweep.stopping else None
+    brackets = experiment.sweep.stopping.brackets if experiment.sweep.stopping else "sweep"
+    progress = Progress(conductor, tracker, say)
     trainable = tune.with_resources(
         tune.with_parameters(_trial, dataset_ref=[ray.put(dataset)]),
         lambda config: _resources(config, experiment),
     )
+    storage = plan.template.storage
     tuner = tune.Tuner(
         trainable,
-        param_space={"arm": tune.grid_search(arms)},
         tune_config=tune.TuneConfig(
             metric="eval_loss",
             mode="min",
-            scheduler=scheduler,
-            max_concurrent_trials=concurrent,
+            search_alg=Proposals(conductor, experiment),
+            num_samples=-1,
+            scheduler=ByRule(rule, brackets) if rule else None,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
-            name=f"{specs[0].sweep_id}-{ray.get_runtime_context().get_job_id()}",
+            name=f"{plan.sweep_id}-{ray.get_runtime_context().get_job_id()}",
             storage_path=storage,
             verbose=0,
             callbacks=[progress],
+            stop=WithinBudget(conductor),
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    finally:
+        progress.close("the sweep was cancelled")
     return progress.records
 
 
-def _in_order(specs: list[TrialSpec], experiment: Experiment) -> list[TrialSpec]:
-    """Ray Train trials first: they take longest to start, and the others fill in beside them."""
-    return sorted(specs, key=lambda s: not by_ray_train(s.parsed, experiment))
+@contextmanager
+def _gently_ended() -> Iterator[None]:
+    """Let SIGTERM, which ends a Ray job, unwind the sweep as Ctrl-C does, so that its runs are closed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _concurrency(experiment: Experiment) -> int:
-    """How many trials the cluster can hold at once.
+def _learn(conductor: Conductor, plan: SweepPlan, tracker: Tracker, say: Say) -> None:
+    """Tell a search that learns what is known: of this sweep, cut short, and of others with the same work."""
+    known = 0
+    for result in tracker.results_on(plan.template.dataset_id):
+        method = parse_method(result.method)
+        # Only what would come out the same here: same data, base, lengths of training and settings.
+        if plan.spec(method).key == result.key:
+            conductor.recall(plan.spec(method), result)
+            known += 1
+    if known:
+        say(f"the search begins with what {known} earlier trials came to")
 
-    Ray Train workers take their resources outside Tune's books, so this bound, and not Tune's accounting, is
-    what keeps inline trials from starving them.
+
+def _capacity(experiment: Experiment) -> Demand:
+    """What the cluster has, less what the sweep is told to leave.
+
+    Ray Train workers take their resources outside Tune's books, so it is the conductor's count, and not
+    Tune's, that keeps inline trials from starving them.
     """
-    sweep, have = experiment.sweep, ray.cluster_resources()
-    widest = max(1, sweep.workers_per_trial)
-    fits = have.get("CPU", 0) / (sweep.cpus_per_trial * widest)
-    if sweep.gpus_per_trial:
-        fits = min(fits, have.get("GPU", 0) / (sweep.gpus_per_trial * widest))
-    fewest = sweep.min_workers or widest
-    if fits * widest < fewest:
-        raise ServiceError(
-            f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; a trial takes "
-            f"{sweep.cpus_per_trial * fewest:g} CPUs and {sweep.gpus_per_trial * fewest:g} GPUs",
-            "lower sweep.cpus_per_trial, sweep.gpus_per_trial or sweep.workers_per_trial, or add nodes",
-        )
-    bound: int = max(1, math.floor(fits))
-    return min(bound, sweep.max_concurrent or bound)
+    have, leave = ray.cluster_resources(), experiment.sweep.leave
+    return Demand(have.get("CPU", 0.0) - leave.cpus, have.get("GPU", 0.0) - leave.gpus)
+
+
+def _effort(method: Method, experiment: Experiment, base: Path) -> float:
+    """How long a method trains beside others, in any unit; nothing for a control."""
+    if not method.trains:
+        return 0.0
+    sweep = experiment.sweep.of(method)
+    workers = sweep.workers_per_trial if by_ray_train(method, experiment) else 1
+    return seconds(method, base, Batching.of(sweep, experiment.evaluate), 1e6 / workers, rate=1e12)
 
 
 def _resources(config: dict[str, Any], experiment: Experiment) -> tune.PlacementGroupFactory:
-    if config["arm"]["train"]:
+    arm = config["arm"]
+    if arm["train"]:
         # A driver: its workers take the cores. Any fraction of a core here would be missing there.
         return tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
-    bundle = {"CPU": experiment.sweep.cpus_per_trial}
-    if experiment.sweep.gpus_per_trial:
-        bundle["GPU"] = experiment.sweep.gpus_per_trial
+    spec = TrialSpec.model_validate(arm["spec"])
+    bundle = {"CPU": spec.sweep.cpus_per_trial}
+    if spec.sweep.gpus_per_trial:
+        bundle["GPU"] = spec.sweep.gpus_per_trial
     return tune.PlacementGroupFactory([bundle])
 
 
@@ -192,7 +241,7 @@ def _trial(config: dict[str, Any], dataset_ref: list[Any]) -> None:
 
         try:
             name = f"{spec.sweep_id}-{tune.get_context().get_trial_id()}"
-            run_with_ray_train(spec, dataset_ref, name=name, storage=arm["storage"])
+            run_with_ray_train(spec, dataset_ref, name=name, storage=spec.storage)
         except InfeasibleTrialError as error:
             tune.report(
                 {"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": error.problem}
@@ -202,90 +251,3 @@ def _trial(config: dict[str, Any], dataset_ref: list[Any]) -> None:
 
     torch.set_num_threads(max(1, int(spec.sweep.cpus_per_trial)))
     run_trial(spec, ray.get(dataset_ref[0]), report=lambda m: tune.report(m), bases=_BASES)
-
-
-class _PatientASHA(tune.schedulers.ASHAScheduler):  # type: ignore[misc]
-    """ASHA that stops nobody at a point before enough trials have reached it.
-
-    Plain ASHA holds the second trial that reaches a rung against the first alone: with few trials it would
-    stop whatever is not the best so far.
-    """
-
-    def __init__(self, peers: int, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._peers = peers
-        self._reached: dict[int, set[str]] = {}
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        decision: str = super().on_trial_result(tune_controller, trial, result)
-        reached = self._reached.setdefault(int(result["point"]), set())
-        reached.add(trial.trial_id)
-        return self.CONTINUE if decision == self.STOP and len(reached) < self._peers else decision
-
-
-class _Progress(tune.Callback):  # type: ignore[misc]
-    """Driver side: says how far each trial is, and records one that was killed before it could do so."""
-
-    def __init__(self, tracker: Tracker, specs: list[TrialSpec], say: Say) -> None:
-        self._tracker, self._say = tracker, say
-        self._total, self._done = len(specs), 0
-        self._started: dict[str, float] = {}
-        self.records: dict[str, TrialResult] = {}
-
-    @staticmethod
-    def _spec(trial: Any) -> TrialSpec:
-        return TrialSpec.model_validate(trial.config["arm"]["spec"])
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._started[trial.trial_id] = time.monotonic()
-        self._say(f"started {self._spec(trial).parsed.label}")
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        spec = self._spec(trial)
-        if result.get("status") == "training":
-            self._say(
-                f"  {spec.parsed.label}: {result['point']}/{spec.sweep.evaluations}, "
-                f"eval loss {result['eval_loss']:.3f}"
-            )
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        last = trial.last_result or {}
-        status = str(last.get("status", "training"))
-        if status == "training":
-            status = "stopped"
-            self._record(trial, "stopped", STOPPED_REASON)
-        elif status == "infeasible":  # for want of workers, no trial may ever have run
-            self._record(trial, "infeasible", str(last.get("reason", "")))
-        self._end(trial, status, str(last.get("reason", "")))
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        reason = (trial.error_file and _last_line(trial.error_file)) or "the trial's process died"
-        self._record(trial, "failed", reason)
-        self._end(trial, "failed", reason)
-
-    def _end(self, trial: Any, status: str, reason: str) -> None:
-        self._done += 1
-        took = time.monotonic() - self._started.get(trial.trial_id, time.monotonic())
-        words = f"{status} {self._spec(trial).parsed.label} in {took:.0f} s ({self._done}/{self._total})"
-        self._say(f"{words}: {reason}" if reason else words)
-
-    def _record(self, trial: Any, status: Literal["stopped", "failed", "infeasible"], reason: str) -> None:
-        """Close the run of a trial whose process is gone; an inline trial has done so itself."""
-        spec, last = self._spec(trial), trial.last_result or {}
-        record = spec.result(
-            status,
-            reason,
-            eval_loss=last.get("eval_loss"),
-            cost=Cost(train_seconds=float(last.get("time_total_s", 0.0))),
-        )
-        run_id = self._tracker.close_trial(
-            spec.sweep_id, spec.key, status=status, reason=reason, result=record
-        )
-        self.records[spec.key] = record.model_copy(update={"run_id": run_id or ""})
-
-
-def _last_line(file: str) -> str:
-    lines = [line for line in Path(file).read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""

@@ -1,0 +1,176 @@
+"""What Ray Tune asks of a sweep while it runs: proposals, early stops, the budget, and news of each trial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.search import Searcher
+
+from regraft.config import Experiment
+from regraft.records import Cost, TrialResult, TrialStatus
+from regraft.search import Outcome, Rule
+from regraft.tracking.background import InOrder
+from regraft.tracking.runs import Tracker
+from regraft.training.checkpoints import versions_of
+from regraft.training.spec import TrialSpec
+from regraft.tuning.conductor import Conductor
+from regraft.tuning.plan import by_ray_train
+
+STOPPED_REASON = "stopped early: others did better at the same point"
+
+Say = Callable[[str], None]
+
+
+class Proposals(Searcher):  # type: ignore[misc]
+    """Asks the conductor whenever Tune could start a trial."""
+
+    def __init__(self, conductor: Conductor, experiment: Experiment) -> None:
+        super().__init__(metric="eval_loss", mode="min")
+        self._conductor, self._experiment = conductor, experiment
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial's configuration; None while nothing can start."""
+        spec = self._conductor.next()
+        if spec == "done":
+            finished: str = Searcher.FINISHED
+            return finished
+        if spec == "wait":
+            return None
+        assert isinstance(spec, TrialSpec)
+        train = by_ray_train(spec.parsed, self._experiment)
+        return {"arm": {"spec": spec.model_dump(mode="json"), "train": train}}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """The callback below tells the conductor: it knows how the trial ended."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a sweep goes on from MLflow, not from Tune's state."""
+        Path(checkpoint_path).write_text("a sweep goes on from its trials in MLflow\n")
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Not offered: nothing is saved."""
+        raise NotImplementedError("start the sweep again: it finds its finished trials in MLflow")
+
+
+class ByRule(tune.schedulers.FIFOScheduler):  # type: ignore[misc]
+    """Ends trials by one of our rules."""
+
+    def __init__(self, rule: Rule, brackets: str) -> None:
+        super().__init__()
+        self._rule, self._brackets = rule, brackets
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Whether the trial goes on."""
+        if result.get("status") != "training":
+            return str(self.CONTINUE)
+        bracket = trial.config["arm"]["spec"]["method"]["name"] if self._brackets == "method" else ""
+        ends = self._rule.stops(bracket, trial.trial_id, result["point"], result["eval_loss"])
+        return str(self.STOP if ends else self.CONTINUE)
+
+
+class WithinBudget(tune.Stopper):  # type: ignore[misc]
+    """Ends everything that runs when the budget is used up."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self._conductor = conductor
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No single trial is ended here."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all of them are."""
+        if over := self._conductor.ledger.over:
+            self._conductor.close(over)
+        return bool(self._conductor.ledger.over)
+
+
+class Progress(tune.Callback):  # type: ignore[misc]
+    """Driver side: says how far each trial is, closes the runs of those that cannot, tells the conductor.
+
+    It waits for nobody: what goes to MLflow is queued, so that trials go on while the server is away.
+    """
+
+    def __init__(self, conductor: Conductor, tracker: Tracker, say: Say) -> None:
+        self._conductor, self._tracker, self._say = conductor, tracker, say
+        self._open: dict[str, Any] = {}
+        self._later = InOrder()
+        #: What is known here of trials that may have left no record of their own, by key.
+        self.records: dict[str, TrialResult] = {}
+
+    @staticmethod
+    def _spec(trial: Any) -> TrialSpec:
+        return TrialSpec.model_validate(trial.config["arm"]["spec"])
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say so."""
+        self._open[trial.trial_id] = trial
+        self._say(f"started {self._spec(trial).named}")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Say how far it is."""
+        spec = self._spec(trial)
+        if result.get("status") == "training":
+            at = f"{result['point']}/{spec.sweep.evaluations}"
+            self._say(f"  {spec.named}: {at}, eval loss {result['eval_loss']:.3f}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Record what the trial could not, and hand its outcome on."""
+        last = trial.last_result or {}
+        status = str(last.get("status", "training"))
+        if status in {"completed", "infeasible"}:
+            self._end(trial, status, str(last.get("reason", "")))  # type: ignore[arg-type]
+        elif over := self._conductor.ledger.over:
+            self._end(trial, "cancelled", over)
+        else:
+            self._end(trial, "stopped", STOPPED_REASON)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Record that it failed, with the last line of its traceback."""
+        reason = (trial.error_file and _last_line(trial.error_file)) or "the trial's process died"
+        self._end(trial, "failed", reason)
+
+    def close(self, reason: str) -> None:
+        """Cancel what is still open, and wait until MLflow knows it all."""
+        for trial in list(self._open.values()):
+            self._end(trial, "cancelled", reason)
+        self._later.wait()
+
+    def _end(self, trial: Any, status: TrialStatus, reason: str) -> None:
+        if self._open.pop(trial.trial_id, None) is None:
+            return
+        spec, last = self._spec(trial), trial.last_result or {}
+        loss = last.get("eval_loss")
+        record = spec.result(
+            status,
+            reason,
+            eval_loss=loss if loss is not None and math.isfinite(loss) else None,
+            cost=Cost(**last.get("cost", {})),
+        )
+        if status != "completed":  # that one has closed its run itself, and so have some of the others
+            self.records[spec.key] = record
+            self._later.put(lambda: self._close(spec, record))
+        outcome = Outcome(status, record.figures | last.get("figures", {}), int(last.get("point", 0)))
+        took = self._conductor.finished(spec.key, outcome)
+        words = f"{status} {spec.named} in {took:.0f} s"
+        shown = reason if status != "stopped" else ""
+        self._say(f"{words}: {shown}" if shown else words)
+        self._say(f"  {self._conductor.outlook}")
+
+    def _close(self, spec: TrialSpec, record: TrialResult) -> None:
+        self._tracker.close_trial(
+            spec.sweep_id, spec.key, status=record.status, reason=record.reason, result=record
+        )
+        if record.status != "cancelled" and (kept := versions_of(spec.storage, spec.key)):
+            kept.clear()
+
+
+def _last_line(file: str) -> str:
+    lines = [line for line in Path(file).read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
