@@ -458,7 +458,7 @@ def test_memory_bound_follows_the_weights_and_what_is_trained(tiny_model: Path) 
     needs = [least_gib(m, tiny_model, "bfloat16") for m in (ZeroShot(), LoRA(), Full())]
     assert needs == sorted(needs)
     with pytest.raises(
-        InfeasibleTrialError, match=r"full lr=5e-05 needs at least .*trial_memory_gib is 0\.1"
+        InfeasibleTrialError, match=r"full lr=0.0001 needs at least .*trial_memory_gib is 0\.1"
     ):
         require_memory(Full(), tiny_model, "bfloat16", "cpu", 0.1)
 
