@@ -25,7 +25,17 @@ STOPPED_REASON = "stopped early: others did better at the same point"
 Say = Callable[[str], None]
 
 
-class Proposals(Searcher):  # type: ignore[misc]
+class _OfThisProcess:
+    """Stays out of the state that Tune keeps on disk: a sweep goes on from its trials in MLflow."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OfThisProcess:
+        return self
+
+
+class Proposals(_OfThisProcess, Searcher):  # type: ignore[misc]
     """Asks the conductor whenever Tune could start a trial."""
 
     def __init__(self, conductor: Conductor, experiment: Experiment) -> None:
@@ -56,7 +66,7 @@ class Proposals(Searcher):  # type: ignore[misc]
         raise NotImplementedError("start the sweep again: it finds its finished trials in MLflow")
 
 
-class ByRule(tune.schedulers.FIFOScheduler):  # type: ignore[misc]
+class ByRule(_OfThisProcess, tune.schedulers.FIFOScheduler):  # type: ignore[misc]
     """Ends trials by one of our rules."""
 
     def __init__(self, rule: Rule, brackets: str) -> None:
@@ -72,7 +82,7 @@ class ByRule(tune.schedulers.FIFOScheduler):  # type: ignore[misc]
         return str(self.STOP if ends else self.CONTINUE)
 
 
-class WithinBudget(tune.Stopper):  # type: ignore[misc]
+class WithinBudget(_OfThisProcess, tune.Stopper):  # type: ignore[misc]
     """Ends everything that runs when the budget is used up."""
 
     def __init__(self, conductor: Conductor) -> None:
@@ -89,7 +99,7 @@ class WithinBudget(tune.Stopper):  # type: ignore[misc]
         return bool(self._conductor.ledger.over)
 
 
-class Progress(tune.Callback):  # type: ignore[misc]
+class Progress(_OfThisProcess, tune.Callback):  # type: ignore[misc]
     """Driver side: says how far each trial is, closes the runs of those that cannot, tells the conductor.
 
     It waits for nobody: what goes to MLflow is queued, so that trials go on while the server is away.

@@ -167,7 +167,7 @@ def _tune(
     try:
         tuner.fit()
     finally:
-        progress.close("the sweep was cancelled")
+        progress.close(conductor.ledger.over or "the sweep was cancelled")
     return progress.records
 
 
