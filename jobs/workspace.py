@@ -243,8 +243,8 @@ def connected(
 
 @contextlib.contextmanager
 def tracked(experiment: Experiment, workspace: Workspace, say: Any) -> Iterator[Tracker]:
-    """Reach MLflow alone; an embedded one that did not run is started, and ended again afterwards."""
-    mine = workspace.start_tracking(experiment, say)
+    """Reach MLflow alone; where none is known the embedded one is started, and ended again afterwards."""
+    mine = "MLFLOW_TRACKING_URI" not in os.environ and workspace.start_tracking(experiment, say)
     try:
         yield Tracker(workspace.tracking_uri(experiment), experiment.name)
     finally:

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from regraft.cluster.jobs import cancel, client, follow, submit_once
 from regraft.cluster.local import start_local_ray, stop_local_ray
+from regraft.errors import ServiceError
 from regraft.tracking.registry import Registry
 from regraft.tracking.server import start_server, stop_server
 
@@ -27,7 +31,9 @@ def services(tmp_path_factory: pytest.TempPathFactory):
     stop_server(server.pid)
 
 
-def test_a_sweep_runs_as_a_job_and_a_second_submission_is_recognised(services, tiny_experiment: Path):
+def test_a_sweep_runs_as_a_job_and_a_second_submission_is_recognised(
+    services, tiny_experiment: Path, monkeypatch: pytest.MonkeyPatch
+):
     uri, jobs, environment = services
     command = f"python {ROOT}/jobs/sweep.py {tiny_experiment}/regraft.yaml"
     runtime = {"env_vars": environment}
@@ -37,6 +43,22 @@ def test_a_sweep_runs_as_a_job_and_a_second_submission_is_recognised(services, t
     assert follow(jobs, "sweep-once", lines.append) == "SUCCEEDED", "\n".join(lines[-40:])
     assert any("Leaderboard of sweep-" in line for line in lines)
     assert any("compare the runs: http" in line for line in lines)
+    assert any("the sweep's report: " in line for line in lines)
+    store = MlflowClient(uri)
+    (where,) = store.search_experiments(filter_string="name = 'tiny'")
+    (of_sweep,) = store.search_runs([where.experiment_id], "tags.role = 'sweep'")
+    assert {"report.html", "report.md"} <= {f.path for f in store.list_artifacts(of_sweep.info.run_id)}
+    # Two of its trials, side by side in the terminal.
+    trials = store.search_runs([where.experiment_id], "tags.role = 'trial'")
+    two = [r.info.run_id for r in trials if r.data.params["method"] in {"zero_shot", "full"}]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    shown = CliRunner().invoke(app, ["compare", *two, "-e", str(tiny_experiment)])
+    assert shown.exit_code == 0, shown.output
+    for part in ("What was set otherwise", "rougeL", "paired difference", "What is the", "reference: The"):
+        assert part in shown.output
+    missing = CliRunner().invoke(app, ["compare", two[0], of_sweep.info.run_id, "-e", str(tiny_experiment)])
+    assert isinstance(missing.exception, ServiceError)
+    assert "has no record of a trial" in str(missing.exception)
     # Whatever the gate said of a model that answers nonsense, the winner was registered.
     assert len(Registry(uri, tiny_experiment / "cache").versions("tiny")) == 1
 
@@ -66,7 +88,6 @@ def test_a_cancelled_job_ends_as_stopped(services):
 def test_a_cancelled_sweep_closes_its_runs_and_leaves_nothing_behind(
     services, tiny_experiment: Path, tmp_path: Path
 ):
-    from mlflow import MlflowClient
     from ray.util.state import list_actors, list_placement_groups
 
     uri, jobs, environment = services
@@ -97,7 +118,8 @@ def test_a_cancelled_sweep_closes_its_runs_and_leaves_nothing_behind(
     def held() -> list[str]:
         actors = list_actors(address=jobs, filters=[("state", "=", "ALIVE")])
         groups = list_placement_groups(address=jobs)
-        return [a.class_name for a in actors] + [g.placement_group_id for g in groups if g.state != "REMOVED"]
+        names = {a.class_name for a in actors} - {"_AutoscalingCoordinatorActor"}  # one a cluster, Ray's own
+        return [*names, *(g.placement_group_id for g in groups if g.state != "REMOVED")]
 
     deadline = time.monotonic() + 60
     while left := held():  # Ray ends a job's actors after the job

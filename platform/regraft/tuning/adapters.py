@@ -83,7 +83,7 @@ class ByRule(_OfThisProcess, tune.schedulers.FIFOScheduler):  # type: ignore[mis
 
 
 class WithinBudget(_OfThisProcess, tune.Stopper):  # type: ignore[misc]
-    """Ends everything that runs when the budget is used up."""
+    """Ends everything that runs when the budget is used up, or the sweep is cancelled."""
 
     def __init__(self, conductor: Conductor) -> None:
         self._conductor = conductor
@@ -96,7 +96,7 @@ class WithinBudget(_OfThisProcess, tune.Stopper):  # type: ignore[misc]
         """Whether all of them are."""
         if over := self._conductor.ledger.over:
             self._conductor.close(over)
-        return bool(self._conductor.ledger.over)
+        return bool(over) or self._conductor.cancelled
 
 
 class Progress(_OfThisProcess, tune.Callback):  # type: ignore[misc]

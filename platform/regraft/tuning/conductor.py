@@ -56,6 +56,8 @@ class Conductor:
         self.found: dict[str, TrialResult] = {}
         self.left_out: list[str] = []
         self._closed = ""
+        #: Set from outside, by a signal: everything ends.
+        self.cancelled = False
 
     def next(self) -> TrialSpec | Literal["wait", "done"]:
         """The next trial; `wait` while it does not fit, or more is known later; `done` at the end."""

@@ -7,6 +7,7 @@ trial leaks its workers' placement group.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -111,15 +112,19 @@ def run_sweep(
     if sweep.search.learns:
         _learn(conductor, plan, tracker, say)
     try:
-        with _gently_ended():
+        with _gently_ended(conductor):
             records = _tune(experiment, dataset, conductor, plan, tracker, say)
     except BaseException as error:
         tracker.end_sweep(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
+    if conductor.cancelled:
+        tracker.end_sweep(run_id, "KILLED")
+        raise KeyboardInterrupt
     say(f"the sweep took {conductor.ledger.spent}")
     known = records | tracker.results_in(plan.sweep_id) | conductor.found
     results = tuple(known[key] for key in conductor.specs if key in known)
     if not any(r.status == "completed" for r in results):
+        tracker.end_sweep(run_id, "FAILED")
         reasons = "\n".join(f"  {r.label}: {r.status}: {r.reason}" for r in results) or "  none left a record"
         raise NothingCompletedError(
             f"no trial completed:\n{reasons}", "see the runs in MLflow; mend the cause and start again"
@@ -172,20 +177,28 @@ def _tune(
 
 
 @contextmanager
-def _gently_ended() -> Iterator[None]:
-    """Let SIGTERM, which ends a Ray job, unwind the sweep as Ctrl-C does, so that its runs are closed."""
+def _gently_ended(conductor: Conductor) -> Iterator[None]:
+    """Let Ctrl-C, and SIGTERM, which ends a Ray job, end the trials before the driver; a second one at once.
+
+    Were the driver to die first, Ray would end the actors in no order: a Ray Train controller that outlives
+    its workers asks for new ones, and their placement group stays for ever (Ray 2.60).
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        if conductor.cancelled:
+            raise KeyboardInterrupt
+        conductor.cancelled = True
 
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # its own would go on as if the sweep had come to its end
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _learn(conductor: Conductor, plan: SweepPlan, tracker: Tracker, say: Say) -> None:
@@ -212,9 +225,13 @@ def _capacity(experiment: Experiment) -> Demand:
 
 
 def _effort(method: Method, experiment: Experiment, base: Path) -> float:
-    """How long a method trains beside others, in any unit; nothing for a control."""
-    if not method.trains:
-        return 0.0
+    """How long a method trains beside others, in any unit; nothing for a control.
+
+    Looking closely takes a skeleton of the model with the method applied, so only a budget is worth it.
+    """
+    budget = experiment.sweep.budget
+    if not method.trains or (budget.hours, budget.gpu_hours, budget.money) == (None, None, None):
+        return float(method.trains)
     sweep = experiment.sweep.of(method)
     workers = sweep.workers_per_trial if by_ray_train(method, experiment) else 1
     return seconds(method, base, Batching.of(sweep, experiment.evaluate), 1e6 / workers, rate=1e12)
