@@ -105,7 +105,7 @@ def test_infeasible_trials_and_what_the_budget_left_out_are_listed() -> None:
     text = markdown(report)
     assert "| vera | infeasible | needs 9 GiB |" in text
     assert "| lora rank=64: over the budget |" in text
-    assert "The budget left 1 trials out" in report.recommendation
+    assert "Left out by the budget: 1." in report.recommendation
     assert "qlora" in text
 
 

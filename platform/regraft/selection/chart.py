@@ -14,7 +14,7 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 420, 300, 52, 40, 12, 14
 
 
 def scatter(points: Sequence[Point], price: str, quality: str) -> str:
-    """An SVG picture, about 420 by 300, with a title for each point.
+    """An SVG picture, about 420 by 300, with a title for each point; what is best at its price is joined.
 
     The price is on a logarithmic scale where the largest is more than ten times the smallest.
 
@@ -36,7 +36,7 @@ def scatter(points: Sequence[Point], price: str, quality: str) -> str:
         return _HEIGHT - _BOTTOM - (value - bottom) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM)
 
     places = [(x(a), y(p[1])) for a, p in zip(across, points, strict=True)]
-    front = sorted(place for place, p in zip(places, points, strict=True) if p[3])
+    front = _front(points, places)
     parts = [_axes(low, high, bottom, top, log, x, y, price, quality)]
     if len(front) > 1:
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in front)
@@ -84,6 +84,16 @@ def _axes(
         f'transform="rotate(-90 12 {_HEIGHT / 2})">{html.escape(quality)}</text>'
     )
     return "".join(parts)
+
+
+def _front(points: Sequence[Point], places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Places of the points that no cheaper one equals, by price: the front of these two axes alone."""
+    found, best = [], -math.inf
+    for point, place in sorted(zip(points, places, strict=True), key=lambda pair: (pair[0][0], -pair[0][1])):
+        if point[1] > best:
+            best = point[1]
+            found.append(place)
+    return found
 
 
 def _rule(x1: float, x2: float, y1: float, y2: float) -> str:

@@ -15,12 +15,12 @@ _PRICES = {
 }
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2a78d6; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-td.words { white-space: normal; text-align: left; min-width: 16rem; }
+td.words { white-space: normal; text-align: left; min-width: 20rem; }
 .lead { background: var(--soft); border-left: 4px solid var(--accent); padding: .8rem 1rem; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; flex: 1 1 19rem; }
 figcaption { color: GrayText; } svg text { fill: CanvasText; font-size: 11px; }
@@ -206,7 +206,7 @@ def _html_table(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    return f'<td class="words">{_safe(text)}</td>' if len(text) > 48 else f"<td>{_safe(text)}</td>"
+    return f'<td class="words">{_safe(text)}</td>' if len(text) > 40 else f"<td>{_safe(text)}</td>"
 
 
 def _line(text: str) -> str:

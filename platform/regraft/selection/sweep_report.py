@@ -215,8 +215,10 @@ def _recommend(report: SweepReport, winner: LeaderboardRow | None, gain: Compari
             f"{least.label} is within noise of it and trained {times:.1f} times faster: where cost counts, "
             "take that."
         )
-    elif len(report.near) > 0:
-        words.append(f"{len(report.near)} more are within noise of it, none of them much cheaper.")
+    elif report.near:
+        names = ", ".join(row.label for row, _ in report.near[:3])
+        more = f" and {len(report.near) - 3} more" if len(report.near) > 3 else ""
+        words.append(f"Within noise of it, but not much cheaper: {names}{more}.")
     if report.left_out:
-        words.append(f"The budget left {len(report.left_out)} trials out.")
+        words.append(f"Left out by the budget: {len(report.left_out)}.")
     return " ".join(words)
