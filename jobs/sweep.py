@@ -43,7 +43,7 @@ def sweep(
     from regraft.selection.sweep_report import report_on
     from regraft.tuning.sweep import run_sweep
 
-    plan, run_id, results, left_out = run_sweep(
+    plan, run_id, results, left_out, _ = run_sweep(
         experiment,
         dataset,
         tracking_uri=connection.tracking_uri,

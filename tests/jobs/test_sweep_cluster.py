@@ -56,7 +56,7 @@ def test_a_sweep_uses_both_nodes_and_records_every_trial(
     experiment = Experiment.load(tiny_experiment)
     dataset = load_dataset(experiment.name, experiment.data)
     lines: list[str] = []
-    _, run_id, results, _ = run_sweep(
+    _, run_id, results, *_ = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lines.append
     )
     assert {r.label: r.status for r in results} == {
@@ -76,7 +76,7 @@ def test_a_sweep_uses_both_nodes_and_records_every_trial(
 
     # The same sweep again: everything is found, nothing is run.
     again: list[str] = []
-    _, same_run, found, _ = run_sweep(
+    _, same_run, found, *_ = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=again.append
     )
     assert same_run == run_id
@@ -110,7 +110,7 @@ def test_a_trial_that_cannot_fit_is_infeasible_with_its_reason_and_the_sweep_goe
     sweep = sweep.model_copy(update={"trial_memory_gib": (small + large) / 2})
     experiment = experiment.model_copy(update={"sweep": sweep, "name": "tight"})
     dataset = load_dataset(experiment.name, experiment.data)
-    plan, _, results, _ = run_sweep(
+    plan, _, results, *_ = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lambda _: None
     )
     by_rank = {r.method.get("rank"): r for r in results}
@@ -148,11 +148,10 @@ def test_a_search_learns_repeats_its_best_and_begins_the_next_with_what_it_knows
         named = experiment.model_copy(update={"sweep": sweep, "name": "learned"})
         dataset = load_dataset(named.name, named.data)
         lines: list[str] = []
-        return *run_sweep(
-            named, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lines.append
-        ), lines
+        found = run_sweep(named, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lines.append)
+        return found.results, lines
 
-    _, _, results, _, _ = swept(4)
+    results, _ = swept(4)
     assert [r.status for r in results] == ["completed"] * 5
     best = max(
         (r for r in results if not r.is_control and not r.repeat_of), key=lambda r: r.figures["rougeL"]
@@ -160,7 +159,7 @@ def test_a_search_learns_repeats_its_best_and_begins_the_next_with_what_it_knows
     (repeat,) = (r for r in results if r.repeat_of)
     assert (repeat.repeat_of, repeat.method, repeat.seed) == (best.key, best.method, best.seed + 1)
 
-    _, _, more, _, lines = swept(6)
+    more, lines = swept(6)
     assert "the search begins with what 4 earlier trials came to" in lines
     assert len({r.key for r in more if not r.repeat_of}) == 6
 
@@ -199,11 +198,11 @@ def test_a_trial_that_the_budget_cut_short_is_killed_and_goes_on_when_started_ag
     (run,) = client.search_runs([where.experiment_id], "tags.role = 'trial'")
     assert (run.info.status, run.data.tags["status"]) == ("KILLED", "cancelled")
 
-    _, _, results, left_out = sweeps.run_sweep(
+    swept = sweeps.run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lines.append
     )
-    assert [r.status for r in results] == ["completed", "completed"]
-    assert left_out == ()
+    assert [r.status for r in swept.results] == ["completed", "completed"]
+    assert swept.left_out == ()
     again = client.get_run(run.info.run_id)
     assert (again.info.status, again.data.tags["attempt"]) == ("FINISHED", "2")
     curve = client.get_metric_history(run.info.run_id, "eval/loss")
@@ -223,7 +222,7 @@ def test_a_trial_sharded_over_two_workers_is_scored_and_kept_as_any_other(
     )
     experiment = experiment.model_copy(update={"sweep": sweep, "name": "two-workers"})
     dataset = load_dataset(experiment.name, experiment.data)
-    _, _, (result,), _ = run_sweep(
+    _, _, (result,), *_ = run_sweep(
         experiment, dataset, tracking_uri=mlflow_url, storage=str(tmp_path), say=lambda _: None
     )
     assert result.status == "completed", result.reason

@@ -51,7 +51,8 @@ class Ledger:
         self._began = clock()
         self._running: dict[str, tuple[float, Demand, float]] = {}
         self._rates: list[float] = []
-        self._took: list[float] = []
+        #: Seconds of each trial that ended, from when it was handed out, by key.
+        self.took: dict[str, float] = {}
         self._trials, self._gpu_seconds, self._money = 0, 0.0, 0.0
 
     def start(self, key: str, demand: Demand, effort: float) -> None:
@@ -65,7 +66,7 @@ class Ledger:
         took = self._clock() - started
         self._gpu_seconds += took * demand.gpus
         self._money += took * demand.price / HOUR
-        self._took.append(took)
+        self.took[key] = took
         if whole and effort > 0:
             self._rates.append(took / effort)
         return took
@@ -89,7 +90,7 @@ class Ledger:
     @property
     def average(self) -> float | None:
         """Mean seconds of the trials that ended, however they did."""
-        return statistics.fmean(self._took) if self._took else None
+        return statistics.fmean(self.took.values()) if self.took else None
 
     def ahead(self, key: str) -> float:
         """Seconds that a running trial still takes, as far as is known."""

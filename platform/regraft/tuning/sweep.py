@@ -49,12 +49,16 @@ class NothingToResumeError(RegraftError):
 
 
 class Swept(NamedTuple):
-    """What a sweep came to: its plan, its run, the results as they were proposed, what was left out."""
+    """What a sweep came to: its plan, its run, the results as they were proposed, what was left out.
+
+    `seconds` is the wall-clock of each trial that ran, by key, from when it was handed to Ray Tune.
+    """
 
     plan: SweepPlan
     run_id: str
     results: tuple[TrialResult, ...]
     left_out: tuple[str, ...]
+    seconds: dict[str, float]
 
 
 def run_sweep(
@@ -129,7 +133,7 @@ def run_sweep(
         raise NothingCompletedError(
             f"no trial completed:\n{reasons}", "see the runs in MLflow; mend the cause and start again"
         )
-    return Swept(plan, run_id, results, tuple(conductor.left_out))
+    return Swept(plan, run_id, results, tuple(conductor.left_out), conductor.ledger.took)
 
 
 def _tune(
