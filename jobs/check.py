@@ -58,9 +58,21 @@ def _show_trials(experiment: Experiment, base: Path, tokens: int) -> None:
     table = Table(title="Trials: predicted peak memory, and time of training")
     for name in ("trial", "runs", "memory", "time", ""):
         table.add_column(name, overflow="fold")
-    for row in describe(experiment, base, tokens):
+    rows = describe(experiment, base, tokens)
+    for row in rows:
         table.add_row(*row)
     console.print(table)
+    search, budget = experiment.sweep.search, experiment.sweep.budget
+    if search.learns:
+        more = getattr(search, "trials", len(rows)) - len(rows)
+        console.print(
+            f"search {search.name}: up to {max(0, more)} more trials follow from what these come to"
+        )
+    if finalists := experiment.sweep.finalists:
+        console.print(f"the best {finalists.count} are repeated with {finalists.seeds - 1} more seeds each")
+    if bounds := budget.model_dump(exclude_none=True):
+        words = ", ".join(f"{value:g} {name.replace('_', '-')}" for name, value in bounds.items())
+        console.print(f"budget: {words}; trials that do not fit are left out and named", markup=False)
 
 
 def _show_cards(experiment: Experiment, base: Path) -> None:
