@@ -199,6 +199,7 @@ class TrialResult(Record):
     eval_loss: float | None = None
     cost: Cost = Cost()
     data: dict[str, int] = {}
+    curve: tuple[LossPoint, ...] = ()
     speed: Speed | None = None
     report: EvalReport | None = None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from regraft.records import Cost, EvalReport, ExampleScore, Speed, TrialResult
+from regraft.records import Cost, EvalReport, ExampleScore, LossPoint, Speed, TrialResult
 from regraft.selection.chart import scatter
 from regraft.selection.rank import rank
 from regraft.selection.render import markdown, page
@@ -112,7 +112,7 @@ def test_infeasible_trials_and_what_the_budget_left_out_are_listed() -> None:
 class Reader(HTMLParser):
     """Checks that tags close in order, and collects what a page would load."""
 
-    VOID = ("meta", "line", "polyline", "br")
+    VOID = ("meta", "br")
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,3 +159,28 @@ def test_a_chart_keeps_its_points_inside_whatever_the_values() -> None:
         assert len(places) == len(points)
         assert all(52 <= x <= 406 and 12 <= y <= 260 for x, y in places)
         assert "nan" not in drawn
+
+
+def test_learning_curves_are_drawn_of_all_that_have_one_the_stopped_too() -> None:
+    def curve(*losses: float) -> tuple[LossPoint, ...]:
+        return tuple(
+            LossPoint(step=i, tokens_seen=100 * i, train_loss=loss, eval_loss=loss, learning_rate=0.1)
+            for i, loss in enumerate(losses, start=1)
+        )
+
+    trials = [
+        trial("zero_shot", noisy(0.1), 0.0, curve=curve(3.0)),
+        trial("full", noisy(0.5), 100.0, curve=curve(3.0, 2.0, 1.0)),
+        trial("ia3", [], status="stopped", report=None, curve=curve(3.0, 2.9, float("nan"))),
+    ]
+    report = made(trials)
+    assert report.curves == (
+        ("full", ((100.0, 3.0), (200.0, 2.0), (300.0, 1.0))),
+        ("ia3", ((100.0, 3.0), (200.0, 2.9))),
+    )
+    text = page(report)
+    assert 'aria-label="evaluation loss over tokens seen"' in text
+    assert "nan" not in text
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == []

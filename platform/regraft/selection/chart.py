@@ -4,13 +4,49 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 #: Price, quality, label, whether on the Pareto front, whether a control.
 Point = tuple[float, float, str, bool, bool]
-Scale = Callable[[float], float]
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 420, 300, 52, 40, 12, 14
+
+
+#: Colours of lines, told apart by people who see few colours (Okabe & Ito); later lines begin anew.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+class _Frame:
+    """Where values lie in the picture."""
+
+    def __init__(self, across: Sequence[float], up: Sequence[float]) -> None:
+        self.low, self.high = _padded(across)
+        self.bottom, self.top = _padded(up)
+
+    def x(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(self, value: float) -> float:
+        share = (value - self.bottom) / (self.top - self.bottom)
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    def axes(self, across: str, up: str, *, log: bool = False) -> str:
+        floor, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+        parts = []
+        for value in _ticks(self.low, self.high):
+            at, shown = self.x(value), f"{10**value:,.3g}" if log else f"{value:,.5g}"
+            parts += [_rule(at, at, _TOP, floor), _text(at, floor + 15, "middle", shown)]
+        for value in _ticks(self.bottom, self.top):
+            at = self.y(value)
+            parts += [_rule(_LEFT, right, at, at), _text(_LEFT - 6, at + 4, "end", f"{value:.2f}")]
+        middle = (_LEFT + _WIDTH - _RIGHT) / 2
+        parts.append(_text(middle, _HEIGHT - 6, "middle", across + (" (log)" if log else "")))
+        parts.append(
+            f'<text x="12" y="{_HEIGHT / 2}" text-anchor="middle" '
+            f'transform="rotate(-90 12 {_HEIGHT / 2})">{html.escape(up)}</text>'
+        )
+        return "".join(parts)
 
 
 def scatter(points: Sequence[Point], price: str, quality: str) -> str:
@@ -26,18 +62,10 @@ def scatter(points: Sequence[Point], price: str, quality: str) -> str:
     prices = [p[0] for p in points]
     log = min(prices) > 0 and max(prices) / min(prices) > 10
     across = [math.log10(x) if log else x for x in prices]
-    low, high = _padded(across)
-    bottom, top = _padded([p[1] for p in points])
-
-    def x(value: float) -> float:
-        return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
-
-    def y(value: float) -> float:
-        return _HEIGHT - _BOTTOM - (value - bottom) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM)
-
-    places = [(x(a), y(p[1])) for a, p in zip(across, points, strict=True)]
+    frame = _Frame(across, [p[1] for p in points])
+    places = [(frame.x(a), frame.y(p[1])) for a, p in zip(across, points, strict=True)]
     front = _front(points, places)
-    parts = [_axes(low, high, bottom, top, log, x, y, price, quality)]
+    parts = [frame.axes(price, quality, log=log)]
     if len(front) > 1:
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in front)
         parts.append(f'<polyline points="{path}" fill="none" stroke="#2a78d6" stroke-opacity=".5"/>')
@@ -53,37 +81,37 @@ def scatter(points: Sequence[Point], price: str, quality: str) -> str:
             anchor = "end" if a > _WIDTH * 0.6 else "start"
             shift = -8 if anchor == "end" else 8
             parts.append(_text(a + shift, b + 4, anchor, label))
-    name = html.escape(f"{quality} against {price}")
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    return _picture(parts, f"{quality} against {price}")
 
 
-def _axes(
-    low: float,
-    high: float,
-    bottom: float,
-    top: float,
-    log: bool,
-    x: Scale,
-    y: Scale,
-    price: str,
-    quality: str,
-) -> str:
-    floor, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    parts = []
-    for value in _ticks(low, high):
-        at, shown = x(value), f"{10**value:,.3g}" if log else f"{value:,.3g}"
-        parts += [_rule(at, at, _TOP, floor), _text(at, floor + 15, "middle", shown)]
-    for value in _ticks(bottom, top):
-        at = y(value)
-        parts += [_rule(_LEFT, right, at, at), _text(_LEFT - 6, at + 4, "end", f"{value:.2f}")]
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    scale = " (log)" if log else ""
-    parts.append(
-        f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{html.escape(price + scale)}</text>'
-        f'<text x="12" y="{_HEIGHT / 2}" text-anchor="middle" '
-        f'transform="rotate(-90 12 {_HEIGHT / 2})">{html.escape(quality)}</text>'
-    )
-    return "".join(parts)
+def lines(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], across: str, up: str) -> str:
+    """An SVG picture of curves, each with its name as a title and at its end.
+
+    Args:
+        curves: Names and their points, at least one point in all; in order of importance.
+        across: Name of the horizontal axis.
+        up: Name of the vertical axis.
+    """
+    every = [point for _, points in curves for point in points]
+    frame = _Frame([x for x, _ in every], [y for _, y in every])
+    parts = [frame.axes(across, up)]
+    for index, (name, points) in enumerate(curves):
+        colour = _COLOURS[index % len(_COLOURS)]
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in points)
+        title = f"<title>{html.escape(name)}</title>"
+        line = f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+        x, y = points[-1]
+        dot = f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3" fill="{colour}"/>'
+        parts.append(f"<g>{title}{line}{dot}</g>")
+        if index < len(_COLOURS):
+            label = f'<text x="{frame.x(x) - 6:.1f}" y="{frame.y(y) - 5:.1f}" text-anchor="end"'
+            parts.append(f'{label} style="fill:{colour}">{html.escape(name)}</text>')
+    return _picture(parts, f"{up} over {across}")
+
+
+def _picture(parts: Sequence[str], name: str) -> str:
+    label = html.escape(name, quote=True)
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _front(points: Sequence[Point], places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 
 from regraft.records import Comparison, LeaderboardRow
-from regraft.selection.chart import scatter
+from regraft.selection.chart import lines, scatter
 from regraft.selection.sweep_report import MethodFacts, SweepReport
 
 _PRICES = {
@@ -177,6 +177,9 @@ def _charts(report: SweepReport) -> str:
         ]
         if len(points) > 1:
             figures.append(f"<figure>{scatter(points, words, board.objective)}</figure>")
+    if report.curves:
+        drawn = lines(report.curves, "tokens seen", "evaluation loss")
+        figures.append(f"<figure>{drawn}</figure>")
     return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -59,6 +60,7 @@ class SweepReport(NamedTuple):
     unfinished: tuple[LeaderboardRow, ...]
     left_out: tuple[str, ...]
     samples: tuple[Sample, ...]
+    curves: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
     recommendation: str
 
 
@@ -120,6 +122,7 @@ def report_on(
             [results[key] for key in dict.fromkeys(r.key for r in (winner, full, control) if r)],
             board.objective,
         ),
+        curves=_curves(board, results),
         recommendation="",
     )
     return report._replace(recommendation=_recommend(report, winner, compare(winner, control)))
@@ -148,6 +151,22 @@ def _facts(
         seconds_ratio=ratio("train_seconds"),
         memory_ratio=ratio("memory_peak_gib"),
     )
+
+
+def _curves(
+    board: Leaderboard, results: dict[str, TrialResult]
+) -> tuple[tuple[str, tuple[tuple[float, float], ...]], ...]:
+    """Evaluation loss over tokens seen, of every trial with two points or more, the best first."""
+    found = []
+    for row in board.rows:
+        points = tuple(
+            (float(point.tokens_seen), point.eval_loss)
+            for point in results[row.key].curve
+            if point.eval_loss is not None and math.isfinite(point.eval_loss)
+        )
+        if len(points) > 1:
+            found.append((row.label, points))
+    return tuple(found)
 
 
 def _ranks(trained: Sequence[LeaderboardRow], compare: Compare) -> tuple[RankEffect, ...]:

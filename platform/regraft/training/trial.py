@@ -303,7 +303,7 @@ class _Attempt:
             }
         )
         metrics = {"eval_loss": point.eval_loss, "point": len(self.points), "status": "training"}
-        self.report(metrics | {"cost": self.cost.model_dump()})
+        self.report(metrics | {"cost": self.cost.model_dump(), "curve": point.model_dump(mode="json")})
 
     def record(self, result: TrialResult) -> None:
         """Write the record, on the first worker; what is finished needs no checkpoint any more."""
@@ -321,6 +321,7 @@ class _Attempt:
             eval_loss=next((p.eval_loss for p in reversed(self.points) if p.eval_loss is not None), None),
             cost=self.cost,
             data=dict(self.data),
+            curve=tuple(self.points),
         )
 
 

@@ -11,7 +11,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from regraft.config import Experiment
-from regraft.records import Cost, TrialResult, TrialStatus
+from regraft.records import Cost, LossPoint, TrialResult, TrialStatus
 from regraft.search import Outcome, Rule
 from regraft.tracking.background import InOrder
 from regraft.tracking.runs import Tracker
@@ -108,6 +108,7 @@ class Progress(_OfThisProcess, tune.Callback):  # type: ignore[misc]
     def __init__(self, conductor: Conductor, tracker: Tracker, say: Say) -> None:
         self._conductor, self._tracker, self._say = conductor, tracker, say
         self._open: dict[str, Any] = {}
+        self._curves: dict[str, list[LossPoint]] = {}
         self._later = InOrder()
         #: What is known here of trials that may have left no record of their own, by key.
         self.records: dict[str, TrialResult] = {}
@@ -127,6 +128,8 @@ class Progress(_OfThisProcess, tune.Callback):  # type: ignore[misc]
         """Say how far it is."""
         spec = self._spec(trial)
         if result.get("status") == "training":
+            point = LossPoint.model_validate(result["curve"])
+            self._curves.setdefault(trial.trial_id, []).append(point)
             at = f"{result['point']}/{spec.sweep.evaluations}"
             self._say(f"  {spec.named}: {at}, eval loss {result['eval_loss']:.3f}")
 
@@ -162,6 +165,7 @@ class Progress(_OfThisProcess, tune.Callback):  # type: ignore[misc]
             reason,
             eval_loss=loss if loss is not None and math.isfinite(loss) else None,
             cost=Cost(**last.get("cost", {})),
+            curve=tuple(self._curves.pop(trial.trial_id, ())),
         )
         if status != "completed":  # that one has closed its run itself, and so have some of the others
             self.records[spec.key] = record

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _QUERIES = 128
 #: Bytes of one block's scores: of 3, 6 and 12 millions the fastest.
 _SCORES = 6_000_000
-#: Longest rows whose softmax is kept: half of this, times heads, values a token; twice as fast backward. Up to
-#: 512 a run of mixed lengths is 2 % faster, and takes 7 % more memory.
+#: Longest rows whose softmax is kept: half of this, times heads, values a token; twice as fast backward. With
+#: 512 a run of mixed lengths was 2 % faster, and took 7 % more memory.
 KEPT_LENGTH = 256
 #: Examples of a row are taken together, padded to the longest, while the shortest has this share of it.
 _ALIKE = 0.7
