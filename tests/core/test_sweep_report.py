@@ -159,6 +159,9 @@ def test_a_chart_keeps_its_points_inside_whatever_the_values() -> None:
         assert len(places) == len(points)
         assert all(52 <= x <= 406 and 12 <= y <= 260 for x, y in places)
         assert "nan" not in drawn
+        written = re.findall(r'text-anchor="end">(-?[\d.,]+)<', drawn)
+        assert len(written) >= 3
+        assert len(set(written)) == len(written), "two ticks are written alike"
 
 
 def test_learning_curves_are_drawn_of_all_that_have_one_the_stopped_too() -> None:

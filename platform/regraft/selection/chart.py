@@ -34,12 +34,12 @@ class _Frame:
     def axes(self, across: str, up: str, *, log: bool = False) -> str:
         floor, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
         parts = []
-        for value in _ticks(self.low, self.high):
-            at, shown = self.x(value), f"{10**value:,.3g}" if log else f"{value:,.5g}"
-            parts += [_rule(at, at, _TOP, floor), _text(at, floor + 15, "middle", shown)]
-        for value in _ticks(self.bottom, self.top):
+        for value, shown in _ticks(self.low, self.high):
+            at, words = self.x(value), f"{10**value:,.3g}" if log else shown
+            parts += [_rule(at, at, _TOP, floor), _text(at, floor + 15, "middle", words)]
+        for value, shown in _ticks(self.bottom, self.top):
             at = self.y(value)
-            parts += [_rule(_LEFT, right, at, at), _text(_LEFT - 6, at + 4, "end", f"{value:.2f}")]
+            parts += [_rule(_LEFT, right, at, at), _text(_LEFT - 6, at + 4, "end", shown)]
         middle = (_LEFT + _WIDTH - _RIGHT) / 2
         parts.append(_text(middle, _HEIGHT - 6, "middle", across + (" (log)" if log else "")))
         parts.append(
@@ -138,9 +138,10 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to eight round values within the bounds."""
+def _ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Four to eight round values within the bounds, and how they are written: apart from one another."""
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 8)
     first = math.ceil(low / step)
-    return [step * i for i in range(first, math.floor(high / step) + 1)]
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [(step * i, f"{step * i:,.{decimals}f}") for i in range(first, math.floor(high / step) + 1)]
