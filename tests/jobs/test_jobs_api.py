@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -85,22 +86,70 @@ def test_a_cancelled_job_ends_as_stopped(services):
     assert follow(jobs, "endless", lambda _: None) == "STOPPED"
 
 
+def variant(tiny_experiment: Path, folder: Path, name: str, **sweep: object) -> Path:
+    """The experiment under another name, with other settings of its sweep."""
+    experiment = yaml.safe_load((tiny_experiment / "regraft.yaml").read_text())
+    experiment["name"] = name
+    experiment["sweep"] |= {"ray_train": []} if "full" not in str(sweep) else {}
+    experiment["sweep"] |= sweep
+    experiment["data"] = {
+        "train": str(tiny_experiment / "data/train.jsonl"),
+        "evaluation": str(tiny_experiment / "data/evaluation.jsonl"),
+    }
+    file = folder / "regraft.yaml"
+    file.write_text(yaml.safe_dump(experiment))
+    return file
+
+
+def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was_when_started_again(
+    services, tiny_experiment: Path, tmp_path: Path
+):
+    uri, jobs, environment = services
+    methods = [{"name": "zero_shot"}, {"name": "lora", "rank": 2, "learning_rate": 0.002}]
+    file = variant(
+        tiny_experiment, tmp_path, "killed", methods=methods, epochs=300, evaluations=20,
+        checkpoint_seconds=0.5, max_concurrent=1,
+    )  # fmt: skip
+    command = f"python {ROOT}/jobs/sweep.py {file}"
+    submit_once(jobs, "killed", command, runtime_env={"env_vars": environment})
+    api = client(jobs)
+    while "lora rank=2 lr=0.002: 3/20" not in api.get_job_logs("killed"):
+        assert str(api.get_job_status("killed")) in {"PENDING", "RUNNING"}, api.get_job_logs("killed")
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if str(file) in words and f"{ROOT}/jobs/sweep.py" in words:
+            process.kill()
+    assert follow(jobs, "killed", lambda _: None) == "FAILED"
+    store = MlflowClient(uri)
+    (where,) = store.search_experiments(filter_string="name = 'killed'")
+
+    def trial():
+        (run,) = store.search_runs([where.experiment_id], "tags.role = 'trial' AND params.method = 'lora'")
+        return run
+
+    assert trial().info.status == "RUNNING", "nobody was left to close it"
+
+    submit_once(jobs, "again", command, runtime_env={"env_vars": environment})
+    lines: list[str] = []
+    assert follow(jobs, "again", lines.append) == "SUCCEEDED", "\n".join(lines[-40:])
+    assert any("found zero_shot: completed, not run again" in line for line in lines)
+    run = trial()
+    assert (run.info.status, run.data.tags["attempt"]) == ("FINISHED", "2")
+    curve = store.get_metric_history(run.info.run_id, "eval/loss")
+    steps = [point.step for point in curve]
+    assert len(set(steps)) == 20
+    values = {step: {p.value for p in curve if p.step == step} for step in steps}
+    assert all(len(found) == 1 for found in values.values()), "what was done again came out otherwise"
+
+
 def test_a_cancelled_sweep_closes_its_runs_and_leaves_nothing_behind(
     services, tiny_experiment: Path, tmp_path: Path
 ):
     from ray.util.state import list_actors, list_placement_groups
 
     uri, jobs, environment = services
-    experiment = yaml.safe_load((tiny_experiment / "regraft.yaml").read_text())
-    experiment["name"] = "cancelled"
-    experiment["sweep"] |= {"epochs": 5000, "evaluations": 100}
-    experiment["sweep"]["methods"] = [{"name": "full"}, {"name": "lora", "rank": 2}]
-    experiment["data"] = {
-        "train": str(tiny_experiment / "data/train.jsonl"),
-        "evaluation": str(tiny_experiment / "data/evaluation.jsonl"),
-    }
-    file = tmp_path / "regraft.yaml"
-    file.write_text(yaml.safe_dump(experiment))
+    methods = [{"name": "full"}, {"name": "lora", "rank": 2}]
+    file = variant(tiny_experiment, tmp_path, "cancelled", methods=methods, epochs=5000, evaluations=100)
     command = f"python {ROOT}/jobs/sweep.py {file}"
     submit_once(jobs, "cancelled", command, runtime_env={"env_vars": environment})
     api = client(jobs)
