@@ -76,6 +76,17 @@ def test_a_space_smaller_than_the_trials_is_tried_whole_and_ends(search: Any) ->
     assert len(found) == len({key(m) for m in found}) == 4
 
 
+def test_rounded_values_at_the_bounds_of_a_range_are_still_of_it() -> None:
+    narrow = arms({"name": "lora", "learning_rate": {"loguniform": [1.23456e-3, 1.23999e-3]}})
+    proposer = TPE(trials=20, startup=1).proposer(narrow, samples=1, seed=0)
+    found = drain(proposer, lambda _: Outcome("completed", {"eval_loss": 1.0}))
+    assert {m.learning_rate for m in found} <= {0.00123, 0.00124}
+    again = TPE(trials=20, startup=1).proposer(narrow, samples=1, seed=0)
+    for method in found:
+        again.recall(method, Outcome("completed", {"eval_loss": 1.0}), counts=True)
+    assert drain(again) == []
+
+
 def loss(method: Method) -> float:
     """Best for LoRA of high rank near 3e-3; the others are far behind."""
     import math

@@ -83,7 +83,6 @@ class _Study(Proposer):
                     multivariate=True,
                     group=True,  # fields of one arm are modelled together, apart from those of the others
                     constant_liar=True,  # several trials run at once: do not propose beside them
-                    warn_independent_sampling=False,
                 ),
             )
 
@@ -98,9 +97,9 @@ class _Study(Proposer):
             return method
         for attempt in range(2 * _PATIENCE if self._open else 0):
             if attempt >= _PATIENCE:  # it clings to what it knows: draw something else
-                drawn = self._place(parse_method(self._rng.choice(list(self._open.values())).draw(self._rng)))
-                assert drawn is not None
-                self._study.enqueue_trial(drawn[0])
+                arm = self._rng.choice(list(self._open.values()))
+                if (drawn := self._place(parse_method(arm.draw(self._rng)))) is not None:
+                    self._study.enqueue_trial(drawn[0])
             trial = self._study.ask()
             method = parse_method(self._suggest(trial))
             name = key(method)
@@ -178,10 +177,13 @@ class _Study(Proposer):
                 kinds[f"{arm_name}.{field}"] = CategoricalDistribution(list(range(len(values))))
             else:
                 for field, spec in arm.ranges.items():
-                    if not spec.low <= drawn[field] <= spec.high:
+                    distribution = _distribution(spec)
+                    # Methods have rounded values, which may lie a little outside.
+                    if not spec.tidy(spec.low) <= drawn[field] <= spec.tidy(spec.high):
                         break
-                    params[f"{arm_name}.{field}"] = drawn[field]
-                    kinds[f"{arm_name}.{field}"] = _distribution(spec)
+                    inside = min(max(drawn[field], distribution.low), distribution.high)
+                    params[f"{arm_name}.{field}"] = inside
+                    kinds[f"{arm_name}.{field}"] = distribution
                 else:
                     return params, kinds
         return None
