@@ -68,11 +68,12 @@ def sweep(
         resamples=experiment.select.resamples,
         left_out=left_out,
     )
-    tracker.log_report(run_id, html=page(report), text=markdown(report))
+    shown = page(report)
+    tracker.log_report(run_id, html=shown, text=markdown(report))
     tracker.finish_sweep(run_id, board)
     file = connection.workspace / "reports" / f"{plan.sweep_id}.html"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page(report), encoding="utf-8")
+    file.write_text(shown, encoding="utf-8")
     say(report.recommendation)
     say(f"the sweep's report: {file} (and report.html in its run)")
     return board, results, run_id

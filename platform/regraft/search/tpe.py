@@ -64,7 +64,7 @@ class _Study(Proposer):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._settings, self._arms = settings, list(arms)
+        self._settings = settings
         self._fixed = [parse_method(arm.fixed) for arm in arms if not arm.is_open]
         self._open = {str(index): arm for index, arm in enumerate(arms) if arm.is_open}
         self._asked, self._rng = 0, random.Random(seed)

@@ -23,7 +23,7 @@ th:first-child, td:first-child { text-align: left; }
 td.words { white-space: normal; text-align: left; min-width: 20rem; }
 .lead { background: var(--soft); border-left: 4px solid var(--accent); padding: .8rem 1rem; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; flex: 1 1 19rem; }
-figcaption { color: GrayText; } svg text { fill: CanvasText; font-size: 11px; }
+svg text { fill: CanvasText; font-size: 11px; }
 .sample { border-top: 1px solid var(--line); padding: .6rem 0; }
 .sample p { margin: .2rem 0; white-space: pre-wrap; }
 .who { color: GrayText; }
@@ -34,7 +34,7 @@ def markdown(report: SweepReport) -> str:
     """The report for a terminal, a pull request, an artifact pane."""
     parts = [f"# Sweep {report.board.sweep_id}", report.recommendation]
     for title, words, table in _tables(report):
-        parts += [f"## {title}", words, _markdown_table(table)]
+        parts += [f"## {title}", words, markdown_table(table)]
     if report.samples:
         parts.append("## Where they differ most")
     for sample in report.samples:
@@ -196,8 +196,9 @@ def _number(row: LeaderboardRow, figure: str, form: str) -> str:
     return format(row.metrics[figure], form) if row.metrics.get(figure) else ""
 
 
-def _markdown_table(table: Table) -> str:
-    rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in table]
+def markdown_table(table: Table) -> str:
+    """A table as Markdown; the first row is its head."""
+    rows = [[_line(cell).replace("|", "\\|") for cell in row] for row in table]
     rows.insert(1, ["---"] * len(rows[0]))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from regraft.records import Leaderboard, LeaderboardRow
+from regraft.selection.render import markdown_table
 
 
 def markdown(leaderboard: Leaderboard) -> str:
@@ -14,10 +15,9 @@ def markdown(leaderboard: Leaderboard) -> str:
         "",
         f"Dataset {leaderboard.dataset_id}. {leaderboard.winner_reason or 'No winner.'}",
         "",
-        _row(head),
-        _row(["---"] * len(head)),
     ]
-    lines += [_row(_cells(row, names, row.key == leaderboard.winner_key)) for row in leaderboard.rows]
+    rows = [_cells(row, names, row.key == leaderboard.winner_key) for row in leaderboard.rows]
+    lines.append(markdown_table([head, *rows]))
     return "\n".join(lines) + "\n"
 
 
@@ -34,7 +34,3 @@ def _cells(row: LeaderboardRow, names: list[str], wins: bool) -> list[str]:
         "yes" if row.on_pareto_front else "",
         *(f"{row.metrics[name]:.6g}" if name in row.metrics else "" for name in names),
     ]
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"

@@ -216,22 +216,22 @@ class Tracker:
         """Records of a sweep's own trials by key, whatever became of them; those without one are left out."""
         found: dict[str, TrialResult] = {}
         for run in self._search({"role": "trial", "sweep": sweep_id}):
-            files = {f.path for f in self._client.list_artifacts(run.info.run_id)}
-            if run.info.status != "RUNNING" and RESULT_FILE in files:
-                result = TrialResult.model_validate(self._read_json(run.info.run_id, RESULT_FILE))
+            result = self._record(run.info.run_id) if run.info.status != "RUNNING" else None
+            if result is not None:
                 found.setdefault(result.key, result)
         return found
 
     def _settled(self, run: Run) -> TrialResult | None:
         """The record of a run that came to an end for good."""
-        if not _is_settled(run):
-            return None
         # One that was killed from outside may be tagged as stopped and have no record of its own.
-        files = {f.path for f in self._client.list_artifacts(run.info.run_id)}
-        if RESULT_FILE not in files:
+        result = self._record(run.info.run_id) if _is_settled(run) else None
+        return result if result is not None and result.status in SETTLED else None
+
+    def _record(self, run_id: str) -> TrialResult | None:
+        """The record that a trial's run holds, if it holds one."""
+        if RESULT_FILE not in {f.path for f in self._client.list_artifacts(run_id)}:
             return None
-        result = TrialResult.model_validate(self._read_json(run.info.run_id, RESULT_FILE))
-        return result if result.status in SETTLED else None
+        return TrialResult.model_validate(self._read_json(run_id, RESULT_FILE))
 
     @guarded
     def result_of(self, run_id: str) -> TrialResult:
@@ -240,12 +240,12 @@ class Tracker:
         Raises:
             ServiceError: If there is no such run, or it has no record: it runs still, or is no trial's.
         """
-        files = {f.path for f in self._client.list_artifacts(run_id)}
-        if RESULT_FILE not in files:
+        result = self._record(run_id)
+        if result is None:
             raise ServiceError(
                 f"the run {run_id} has no record of a trial", "name a trial's run that has ended, by its id"
             )
-        return TrialResult.model_validate(self._read_json(run_id, RESULT_FILE))
+        return result
 
     @guarded
     def log_report(self, run_id: str, *, html: str, text: str) -> None:

@@ -175,11 +175,12 @@ class _Attempt:
             self.points = [
                 LossPoint(step=0, tokens_seen=0, train_loss=loss, eval_loss=loss, learning_rate=0.0)
             ]
-        self.cost = Cost(
-            train_seconds=outcome.seconds,
-            trainable_parameters=self.cost.trainable_parameters,
-            tokens_seen=outcome.tokens_seen,
-            memory_peak_gib=peak_gib(self.device),
+        self.cost = self.cost.model_copy(
+            update={
+                "train_seconds": outcome.seconds,
+                "tokens_seen": outcome.tokens_seen,
+                "memory_peak_gib": peak_gib(self.device),
+            }
         )
         if self.workers.rank != 0:
             return self.result("completed")

@@ -74,15 +74,15 @@ class Conductor:
                 self.found[spec.key] = found.model_copy(update={"repeat_of": spec.repeat_of})
                 self._learn(spec, Outcome(found.status, found.figures))
                 continue
-            demand = self._demand(spec)
-            if refused := self._closed or self.ledger.refuses(demand, self._effort(spec.parsed)):
+            demand, effort = self._demand(spec), self._effort(spec.parsed)
+            if refused := self._closed or self.ledger.refuses(demand, effort):
                 self._leave_out(spec, refused)
                 continue
             if not self._fits(demand):
                 self._held = spec
                 return "wait"
             self._running[spec.key] = demand
-            self.ledger.start(spec.key, demand, self._effort(spec.parsed))
+            self.ledger.start(spec.key, demand, effort)
             return spec
 
     def recall(self, spec: TrialSpec, result: TrialResult) -> None:
@@ -123,11 +123,6 @@ class Conductor:
     def close(self, reason: str) -> None:
         """Start nothing any more."""
         self._closed = self._closed or reason
-
-    @property
-    def closed(self) -> str:
-        """Why nothing starts any more; empty while the sweep goes on."""
-        return self._closed
 
     def _propose(self) -> TrialSpec | Literal["wait", "done"]:
         if self._repeats is None:

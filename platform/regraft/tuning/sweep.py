@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,15 +29,13 @@ from regraft.training.candidate import BaseCache
 from regraft.training.preflight import Batching, seconds
 from regraft.training.spec import TrialSpec
 from regraft.training.trial import run_trial
-from regraft.tuning.adapters import ByRule, Progress, Proposals, WithinBudget
+from regraft.tuning.adapters import ByRule, Progress, Proposals, Say, WithinBudget
 from regraft.tuning.budget import Demand, Ledger
 from regraft.tuning.conductor import Conductor
 from regraft.tuning.plan import SweepPlan, by_ray_train, plan_sweep
 
 #: Clean bases of this process: a reused trial actor finds here what its last trial gave back.
 _BASES = BaseCache()
-
-Say = Callable[[str], None]
 
 
 class NothingCompletedError(RegraftError):
@@ -150,7 +148,7 @@ def _tune(
     progress = Progress(conductor, tracker, say)
     trainable = tune.with_resources(
         tune.with_parameters(_trial, dataset_ref=[ray.put(dataset)]),
-        lambda config: _resources(config, experiment),
+        _resources,
     )
     storage = plan.template.storage
     tuner = tune.Tuner(
@@ -211,8 +209,9 @@ def _learn(conductor: Conductor, plan: SweepPlan, tracker: Tracker, say: Say) ->
     for result in tracker.results_on(plan.template.dataset_id):
         method = parse_method(result.method)
         # Only what would come out the same here: same data, base, lengths of training and settings.
-        if plan.spec(method).key == result.key:
-            conductor.recall(plan.spec(method), result)
+        spec = plan.spec(method)
+        if spec.key == result.key:
+            conductor.recall(spec, result)
             known += 1
     if known:
         say(f"the search begins with what {known} earlier trials came to")
@@ -241,7 +240,7 @@ def _effort(method: Method, experiment: Experiment, base: Path) -> float:
     return seconds(method, base, Batching.of(sweep, experiment.evaluate), 1e6 / workers, rate=1e12)
 
 
-def _resources(config: dict[str, Any], experiment: Experiment) -> tune.PlacementGroupFactory:
+def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
     arm = config["arm"]
     if arm["train"]:
         # A driver: its workers take the cores. Any fraction of a core here would be missing there.
