@@ -48,3 +48,17 @@ class ServiceError(RegraftError):
 
 class InfeasibleTrialError(RegraftError):
     """A trial that cannot run on this machine: recorded with its reason, and the sweep goes on."""
+
+
+class TrialMemoryError(RegraftError):
+    """A trial whose memory ran out.
+
+    Args:
+        problem: What is wrong.
+        mend: What to do about it.
+        smaller: The micro-batch, in tokens, with which it may fit and come to the same; 0 if there is none.
+    """
+
+    def __init__(self, problem: str, mend: str = "", *, smaller: int = 0) -> None:
+        super().__init__(problem, mend)
+        self.smaller = smaller

@@ -154,7 +154,14 @@ class SweepSection(Section):
         description="A trial goes on with so few workers where a node is lost; with all if not given.",
     )
     worker_failures: int = Field(
-        1, ge=0, description="How often a Ray Train trial may lose a worker and go on from its checkpoint."
+        1,
+        ge=0,
+        description="How often a trial may lose a process or a node and go on from its checkpoint.",
+    )
+    hang_minutes: float = Field(
+        30,
+        gt=0,
+        description="A process without a step or an answer for so long is taken for hung, and lost.",
     )
     shard: bool = Field(
         False, description="Split the weights over a trial's workers (FSDP2) instead of copying them (DDP)."

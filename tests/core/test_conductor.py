@@ -53,7 +53,14 @@ def conductor(
     search = experiment.sweep.search.proposer(experiment.sweep.arms, samples=1, seed=experiment.sweep.seed)
     ledger = Ledger(experiment.sweep.budget, clock)
     return Conductor(
-        experiment, search, plan.spec, find, ledger, capacity, lambda m: float(m.trains), lambda _: None
+        experiment,
+        search,
+        plan.spec,
+        find,
+        ledger,
+        lambda: (capacity, 1),
+        lambda m: float(m.trains),
+        lambda _: None,
     )
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.records import Speed
+from regraft.watchdog import alive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,6 +145,7 @@ def generate(
             new = _generate_batch(model, tokenizer, [prompts[i] for i in rows], max_new_tokens)
             for row, ids in zip(rows, new, strict=True):
                 answers[row] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            alive()
             progress(min(start + batch_size, len(order)))
     return answers
 
@@ -168,6 +170,7 @@ def measure_speed(
             latencies.append(seconds * 1000)
             first.append((clock.first - started) * 1000)
             tokens += len(new[0])
+            alive()
     ordered = sorted(latencies)
     return Speed(
         latency_p50_ms=statistics.median(ordered),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from regraft.errors import ServiceError
+from regraft.watchdog import alive
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -94,4 +95,5 @@ def patiently(call: Callable[[], T], patience: float = PATIENCE, pause: float = 
             if not told:
                 _log.warning("MLflow is away; trying again for %.0f minutes: %s", patience / 60, error)
                 told = True
+            alive()  # waiting is no hanging
             time.sleep(pause)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from regraft.errors import ServiceError
@@ -102,6 +103,23 @@ class Tracker:
             self._client.set_tag(run_id, "winner_label", winner.label)
             self._client.set_tag(winner.run_id, "winner", "true")
         self._client.set_terminated(run_id, status)
+
+    @guarded
+    def save_spent(self, run_id: str, spent: dict[str, float]) -> None:
+        """Keep what a sweep took so far with its run: for people as metrics, exactly as a tag."""
+        now = now_ms()
+        metrics = [Metric(f"spent/{name}", float(value), now, 0) for name, value in spent.items()]
+        self._client.log_batch(run_id, metrics=metrics, tags=[RunTag("spent", json.dumps(spent))])
+
+    @guarded
+    def spent_before(self, sweep_id: str) -> tuple[dict[str, float], frozenset[str]]:
+        """What a sweep took before, as `save_spent` kept it, and the keys of the trials that it started."""
+        runs = self._search({"role": "sweep", "sweep": sweep_id})
+        if not runs:
+            return {}, frozenset()
+        trials = self._search({"role": "trial", "sweep": sweep_id})
+        spent: dict[str, float] = json.loads(runs[0].data.tags.get("spent", "{}"))
+        return spent, frozenset(run.data.tags.get("trial_key", "") for run in trials)
 
     @guarded
     def has_sweep(self, sweep_id: str) -> bool:
@@ -212,10 +230,12 @@ class Tracker:
         return list(found.values())[::-1]
 
     @guarded
-    def results_in(self, sweep_id: str) -> dict[str, TrialResult]:
+    def results_in(self, sweep_id: str, keys: Collection[str]) -> dict[str, TrialResult]:
         """Records of a sweep's own trials by key, whatever became of them; those without one are left out."""
         found: dict[str, TrialResult] = {}
-        for run in self._search({"role": "trial", "sweep": sweep_id}):
+        for run in self._search({"role": "trial", "sweep": sweep_id}) if keys else ():
+            if run.data.tags.get("trial_key") not in keys:
+                continue
             result = self._record(run.info.run_id) if run.info.status != "RUNNING" else None
             if result is not None:
                 found.setdefault(result.key, result)

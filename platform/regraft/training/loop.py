@@ -24,6 +24,7 @@ from regraft.training.modes import autocast, checkpointing, compiled
 from regraft.training.packing import may_share, require_packable
 from regraft.training.sharding import gather, is_sharded, shard
 from regraft.training.steps import LoopSettings, make_optimiser, plan_steps, set_rate
+from regraft.watchdog import alive
 
 if TYPE_CHECKING:
     from torch import nn
@@ -164,7 +165,11 @@ def train(
                     tokens_seen=seen,
                     train_loss=since_loss / since_tokens,
                     eval_loss=evaluation_loss(
-                        model, evaluation_set, settings.tokens_per_batch, layout, workers
+                        model,
+                        evaluation_set,
+                        settings.micro_tokens or settings.tokens_per_batch,
+                        layout,
+                        workers,
                     ),
                     learning_rate=rate,
                     scores=_scores(probe, model, device) if probe else {},
@@ -205,6 +210,7 @@ def evaluation_loss(
     with torch.no_grad(), autocast(model, layout.device):
         for group in workers.share(bucket(examples, tokens_per_batch, rng=None)):
             total += float(model(**layout.batch(group).inputs).loss)
+            alive()
     return workers.total(total) / sum(e.supervised for e in examples)
 
 
@@ -254,6 +260,7 @@ def _gradients(
             extra = hooks.penalty() if last else None
             (loss * weight if extra is None else loss * weight + extra).backward()
         total += loss.detach()
+        alive()
     return float(total)
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from regraft.errors import InfeasibleTrialError
+from ray.exceptions import OutOfMemoryError, RayActorError
+
+from regraft.errors import TrialMemoryError
 from regraft.records import DatasetVersion
 from regraft.training.candidate import BaseCache
 from regraft.training.distributed import Workers, data_parallel
 from regraft.training.spec import TrialSpec
 from regraft.training.trial import run_trial
+
+#: How often workers are asked for that do not come, a minute each: others may hold what they need. Ray's
+#: default is for ever.
+_GROUPS_TRIED = 60
 
 
 def run_with_ray_train(spec: TrialSpec, dataset_ref: Any, *, name: str, storage: str) -> None:
@@ -24,7 +30,7 @@ def run_with_ray_train(spec: TrialSpec, dataset_ref: Any, *, name: str, storage:
         storage: Folder or URI all nodes can reach.
 
     Raises:
-        InfeasibleTrialError: If the cluster cannot give the workers, or they ran out of memory.
+        TrialMemoryError: If the memory of a worker ran out.
     """
     import ray.train
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -33,11 +39,58 @@ def run_with_ray_train(spec: TrialSpec, dataset_ref: Any, *, name: str, storage:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", None) or {}
-        signs = ("OutOfMemory", "OOM", "out of memory")
-        if any(sign in repr(f) for f in failures.values() for sign in signs):
-            raise InfeasibleTrialError(f"out of memory in a Ray Train worker: {error}") from error
+        for failure in (getattr(error, "worker_failures", None) or {}).values():
+            if ran_out := memory_error(failure):
+                raise ran_out from error
         raise
+
+
+def memory_error(error: BaseException | None) -> TrialMemoryError | None:
+    """What an error says of memory, if anything: a trial's own, or Ray's, which ended a process."""
+    for cause in _causes(error):
+        if isinstance(cause, TrialMemoryError):
+            return cause
+        if isinstance(cause, OutOfMemoryError | KilledForMemoryError):
+            return TrialMemoryError("out of memory: Ray ended a process of this trial", smaller=-1)
+    return None
+
+
+def was_lost(error: BaseException | None) -> bool:
+    """Whether an error says that a process or its node is gone, and nothing of the work itself."""
+    return any(isinstance(cause, RayActorError) for cause in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = getattr(error, "cause", None) or error.__cause__
+
+
+class KilledForMemoryError(RayActorError):  # type: ignore[misc]
+    """An actor that Ray's memory monitor ended, in terms that Ray Tune understands."""
+
+
+def survive_memory_kills() -> None:
+    """Let Ray Tune take an actor that the memory monitor ended for any other that died.
+
+    Ray 2.60 raises `OutOfMemoryError` for it, which Tune's actor manager does not know: `Tuner.fit()` itself
+    would end with it, and all trials with that.
+    """
+    from ray.air.execution._internal.actor_manager import RayActorManager
+
+    plain = RayActorManager._actor_task_failed
+    if getattr(plain, "regraft", False):
+        return
+
+    def failed(self: Any, task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = KilledForMemoryError(error_msg=str(exception))
+        plain(self, task, exception)
+
+    failed.regraft = True  # type: ignore[attr-defined]
+    RayActorManager._actor_task_failed = failed
 
 
 def make_trainer(
@@ -77,9 +130,8 @@ def make_trainer(
             name=name,
             storage_path=storage,
             callbacks=list(callbacks),
-            # The default waits for ever for resources that never come.
             failure_config=ray.train.FailureConfig(
-                max_failures=sweep.worker_failures, controller_failure_limit=3
+                max_failures=sweep.worker_failures, controller_failure_limit=_GROUPS_TRIED
             ),
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from regraft.config import EvaluateSection, ModelSection, SweepSection
@@ -27,6 +28,8 @@ class TrialSpec(Record):
     evaluate: EvaluateSection
     storage: str = ""
     repeat_of: str = ""
+    #: The most that passes through at once, in tokens, after memory ran out; a step stays the same. 0: whole.
+    micro_tokens: int = 0
 
     @property
     def parsed(self) -> Method:
@@ -93,6 +96,26 @@ class TrialSpec(Record):
         """The label, with the seed where it is not 0."""
         seed = f" seed={self.sweep.seed}" if self.sweep.seed else ""
         return self.parsed.label + seed
+
+    def with_less(self, tokens: int | None = None) -> TrialSpec | None:
+        """The same trial in smaller micro-batches; None if it was tried so before, or cannot be.
+
+        Args:
+            tokens: The micro-batch; half of a batch, if that holds the longest row, where nobody knows.
+        """
+        if tokens is None:
+            half = self.sweep.tokens_per_batch // 2
+            tokens = half if self.parsed.trains and half >= self.sweep.max_length else 0
+        if not tokens or self.micro_tokens:
+            return None
+        return self.model_copy(update={"micro_tokens": tokens})
+
+    @property
+    def hang_note(self) -> Path | None:
+        """Where a process that hangs leaves its stacks: in the storage, where that is a folder."""
+        if not self.storage or "://" in self.storage:
+            return None
+        return Path(self.storage) / "hangs" / f"{self.key}.txt"
 
     @property
     def points(self) -> int:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from regraft.data.dataset import union_of_evaluations
-from regraft.errors import InfeasibleTrialError
+from regraft.errors import InfeasibleTrialError, TrialMemoryError
 from regraft.methods import Method
 from regraft.methods.base import trainable_parameters
 from regraft.models import ResolvedModel, embedding_rows, load_tokenizer, pick_device, resolve
 from regraft.records import Cost, DatasetVersion, Example, LossPoint, TrialResult, TrialStatus
 from regraft.tracking.background import patiently
+from regraft.tracking.client import to_json
 from regraft.tracking.runs import Tracker
 from regraft.tracking.trials import TrialRun
 from regraft.training.batches import Encoded
@@ -35,6 +36,7 @@ from regraft.training.packing import may_share, require_packable
 from regraft.training.preflight import Batching, micro_tokens
 from regraft.training.spec import TrialSpec
 from regraft.training.steps import LoopSettings
+from regraft.watchdog import alive, watched
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +50,9 @@ def run_trial(
     report: Report,
     bases: BaseCache,
     workers: Workers = Workers(),  # noqa: B008
+    work: type[Attempt] | None = None,
 ) -> None:
-    """Train, score and record one trial.
+    """Train, score and record one trial; a process that hangs in it ends itself.
 
     Whatever ends it is recorded in its run: completion, infeasibility with its reason, or a failure, which is
     raised again. A stop from outside (`SystemExit` out of `report`) is for whoever stopped it to record: here
@@ -58,10 +61,29 @@ def run_trial(
     Args:
         spec: What to do.
         dataset: Its data; the id must be `spec.dataset_id`.
-        report: Called with `eval_loss`, `point` (1 to `spec.points`), `status` and `cost`.
+        report: Called with `eval_loss`, `point` (1 to `spec.points`), `status` and `cost`; at the end with
+            the `record`, as JSON.
         bases: Clean base models of this process.
         workers: This process's place among those that train this trial; rank 0 records.
+        work: What is done between start and record, where it is not training and scoring.
+
+    Raises:
+        TrialMemoryError: If memory ran out. Whoever started the trial tries again with less, or records it:
+            this process is not to be used for another.
     """
+    note = spec.hang_note if workers.rank == 0 else None
+    with watched(spec.sweep.hang_minutes * 60, note):
+        _run(spec, dataset, report, (work or Attempt), bases, workers)
+
+
+def _run(
+    spec: TrialSpec,
+    dataset: DatasetVersion,
+    report: Report,
+    work: type[Attempt],
+    bases: BaseCache,
+    workers: Workers,
+) -> None:
     tracker = Tracker(spec.tracking_uri, spec.experiment)
     run = None
     if workers.rank == 0:
@@ -78,31 +100,31 @@ def run_trial(
                 dataset=dataset,
             )
         )
-    attempt = _Attempt(spec, dataset, run, report, bases, workers)
+    attempt = work(spec, dataset, run, report, bases, workers)
     try:
         result = attempt.go()
     except InfeasibleTrialError as error:
-        attempt.record(attempt.result("infeasible", error.problem))
-        report({"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": error.problem})
+        attempt.record(result := attempt.result("infeasible", error.problem))
+        report({"eval_loss": math.inf, "point": spec.points} | _ended(result))
         return
     except Exception as error:
         if _is_out_of_memory(error):
-            reason = (
-                f"out of memory: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
-            )
-            attempt.record(attempt.result("infeasible", reason))
-            if workers.size > 1:  # the others wait for this one, and end when it fails
-                raise InfeasibleTrialError(reason) from error
-            report({"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": reason})
-            return
+            said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise TrialMemoryError(f"out of memory: {said}", smaller=attempt.smaller) from error
         attempt.record(attempt.result("failed", f"{type(error).__name__}: {error}"))
         raise
     attempt.record(result)
-    metrics = {"eval_loss": result.eval_loss, "point": spec.points, "status": "completed"}
-    report(metrics | {"cost": result.cost.model_dump(), "figures": result.figures})
+    metrics = {"eval_loss": result.eval_loss, "point": spec.points}
+    report(metrics | _ended(result) | {"figures": result.figures})
 
 
-class _Attempt:
+def _ended(result: TrialResult) -> dict[str, Any]:
+    """What the last report says beside the loss."""
+    known = {"status": result.status, "reason": result.reason, "cost": result.cost.model_dump()}
+    return known | {"record": to_json(result)}
+
+
+class Attempt:
     """The state of a running trial, so that its record can be written however it ends."""
 
     def __init__(
@@ -123,6 +145,8 @@ class _Attempt:
         self.device = pick_device(spec.model.device)
         kept = versions_of(spec.storage, spec.key)
         self.checkpoints = Checkpoints(kept, spec.sweep.checkpoint_seconds, workers) if kept else None
+        #: The micro-batch to try, in tokens, should memory run out now; 0 if a smaller one does not help.
+        self.smaller = 0
 
     def go(self) -> TrialResult:
         """Train and score."""
@@ -149,18 +173,22 @@ class _Attempt:
         # First weights are drawn here; what this process did before must not decide them.
         torch.manual_seed(spec.sweep.seed)
         model = method.apply(base)
+        alive()
         pad_id = int(tokenizer.pad_token_id)
         trainable = sum(p.numel() for p in trainable_parameters(model))
         self.cost = Cost(trainable_parameters=trainable)
         if method.trains:
             rows = self._counted("train", encode_train(tokenizer, self.dataset, spec.sweep, known))
             packing = self._packing(method, base, rows)
+            half = (micro or spec.sweep.tokens_per_batch) // 2
+            self.smaller = half if half >= max(len(row.ids) for row in rows) else 0
             outcome = train(
                 model, base, rows, held_out, self._loop_settings(method, micro, packing),
                 pad_id=pad_id, device=self.device, report=self._on_point, workers=self.workers,
                 checkpoints=self.checkpoints, probe=self._probe(model, tokenizer, examples),
                 hooks=method.hooks(model),
             )  # fmt: skip
+            self.smaller = 0
         else:
             packing = self._packing(method, base, held_out)
             share = packing and may_share(model, base, held_out, self.device)
@@ -203,7 +231,8 @@ class _Attempt:
                 problem = error.problem
         if found := self.workers.first_problem(problem):
             raise InfeasibleTrialError(found)
-        if not tokens or tokens == batching.tokens_per_batch:
+        tokens = min(tokens or batching.tokens_per_batch, spec.micro_tokens or batching.tokens_per_batch)
+        if tokens == batching.tokens_per_batch:
             return 0
         self.data["micro_batch_tokens"] = tokens
         return tokens
@@ -329,5 +358,5 @@ class _Attempt:
 def _is_out_of_memory(error: BaseException) -> bool:
     import torch
 
-    text = str(error).lower()
+    text = str(error).lower()  # what a CPU's tensors find: torch raises a plain RuntimeError
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "not enough memory" in text

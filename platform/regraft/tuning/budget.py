@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from regraft.config import BudgetSection
@@ -23,16 +23,25 @@ class Demand(NamedTuple):
 class Spent(NamedTuple):
     """What was taken so far. Money is in the currency of `cluster.prices`."""
 
-    trials: int
-    hours: float
-    gpu_hours: float
-    money: float
+    trials: int = 0
+    hours: float = 0.0
+    gpu_hours: float = 0.0
+    money: float = 0.0
 
     def __str__(self) -> str:
         """For people."""
         words = f"{self.trials} trials in {_span(self.hours)}"
         words += f", {self.gpu_hours:.2f} GPU-hours" if self.gpu_hours else ""
         return words + (f", cost {self.money:.2f}" if self.money else "")
+
+
+class _Held(NamedTuple):
+    """What a trial holds, since when it was handed out, and since when it really runs."""
+
+    handed: float
+    since: float
+    demand: Demand
+    effort: float
 
 
 class Ledger:
@@ -44,43 +53,57 @@ class Ledger:
     Args:
         budget: The bounds.
         clock: Seconds, ever rising.
+        before: What the same sweep took until it was cut short.
+        known: Keys of the trials that were started then; started again, none of them counts as one more.
     """
 
-    def __init__(self, budget: BudgetSection, clock: Callable[[], float] = time.monotonic) -> None:
-        self._budget, self._clock = budget, clock
+    def __init__(
+        self,
+        budget: BudgetSection,
+        clock: Callable[[], float] = time.monotonic,
+        before: Spent = Spent(),  # noqa: B008
+        known: Collection[str] = (),
+    ) -> None:
+        self._budget, self._clock, self._before = budget, clock, before
         self._began = clock()
-        self._running: dict[str, tuple[float, Demand, float]] = {}
+        self._running: dict[str, _Held] = {}
         self._rates: list[float] = []
         #: Seconds of each trial that ended, from when it was handed out, by key.
         self.took: dict[str, float] = {}
-        self._trials, self._gpu_seconds, self._money = 0, 0.0, 0.0
+        self._started, self._gpu_seconds, self._money = set(known), 0.0, 0.0
 
     def start(self, key: str, demand: Demand, effort: float) -> None:
-        """A trial starts; `effort` is its training relative to the others', in any unit."""
-        self._trials += 1
-        self._running[key] = (self._clock(), demand, effort)
+        """A trial is handed out; `effort` is its training relative to the others', in any unit."""
+        self._started.add(key)
+        now = self._clock()
+        self._running[key] = _Held(now, now, demand, effort)
+
+    def runs(self, key: str) -> None:
+        """A trial that was handed out has got what it asked for: on a busy cluster, later."""
+        self._running[key] = self._running[key]._replace(since=self._clock())
 
     def end(self, key: str, *, whole: bool) -> float:
         """A trial ends; one that ran to its end teaches what others will take. Gives its seconds."""
-        started, demand, effort = self._running.pop(key)
-        took = self._clock() - started
-        self._gpu_seconds += took * demand.gpus
-        self._money += took * demand.price / HOUR
-        self.took[key] = took
-        if whole and effort > 0:
-            self._rates.append(took / effort)
+        held = self._running.pop(key)
+        now = self._clock()
+        took = now - held.since
+        self._gpu_seconds += took * held.demand.gpus
+        self._money += took * held.demand.price / HOUR
+        self.took[key] = now - held.handed
+        if whole and held.effort > 0:
+            self._rates.append(took / held.effort)
         return took
 
     @property
     def spent(self) -> Spent:
         """What was taken until now, running trials included."""
         now = self._clock()
-        held = [(now - started, demand) for started, demand, _ in self._running.values()]
+        held = [(now - h.since, h.demand) for h in self._running.values()]
         return Spent(
-            self._trials,
-            (now - self._began) / HOUR,
-            (self._gpu_seconds + sum(s * d.gpus for s, d in held)) / HOUR,
-            self._money + sum(s * d.price for s, d in held) / HOUR,
+            len(self._started),
+            self._before.hours + (now - self._began) / HOUR,
+            self._before.gpu_hours + (self._gpu_seconds + sum(s * d.gpus for s, d in held)) / HOUR,
+            self._before.money + self._money + sum(s * d.price for s, d in held) / HOUR,
         )
 
     def expected(self, effort: float) -> float | None:
@@ -94,17 +117,18 @@ class Ledger:
 
     def ahead(self, key: str) -> float:
         """Seconds that a running trial still takes, as far as is known."""
-        started, _, effort = self._running[key]
-        return max(0.0, (self.expected(effort) or 0.0) - (self._clock() - started))
+        held = self._running[key]
+        return max(0.0, (self.expected(held.effort) or 0.0) - (self._clock() - held.since))
 
-    def refuses(self, demand: Demand, effort: float) -> str | None:
+    def refuses(self, key: str, demand: Demand, effort: float) -> str | None:
         """Why a trial may not start any more; None if it may."""
-        if self._budget.trials is not None and self._trials >= self._budget.trials:
-            return f"{self._budget.trials} trials were started"
+        most = self._budget.trials
+        if most is not None and key not in self._started and len(self._started) >= most:
+            return f"{most} trials were started"
         seconds = self.expected(effort) or 0.0
         spent = self.spent
         # What runs still takes its time too: side by side with this one, but not for free.
-        held = [(self.ahead(key), running) for key, (_, running, _) in self._running.items()]
+        held = [(self.ahead(other), running.demand) for other, running in self._running.items()]
         held.append((seconds, demand))
         would = {
             "hours": (spent.hours + seconds / HOUR, self._budget.hours),

@@ -1,7 +1,8 @@
 """Which trial starts next, and when: search, capacity, budget and repeats in one place. Knows no Ray.
 
 The runner asks for the next trial whenever it could start one, and says what came of each. A trial that does
-not fit yet is held, and nothing overtakes it: a wide one is not starved by narrow ones.
+not fit yet is held, and nothing overtakes it: a wide one is not starved by narrow ones. A trial whose process
+was lost comes before new ones.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Conductor:
         specify: Makes a trial of a method and a seed.
         find: Finds the result of finished work by key.
         ledger: The budget.
-        capacity: What the cluster has for this sweep; the price is ignored.
+        room: Says what the cluster has, less what is to be left alone, and among how many sweeps it is
+            shared; the price is ignored. Nodes come and go.
         effort: How much there is to do for a method, beside others.
         say: Called with what is worth seeing.
     """
@@ -42,13 +44,17 @@ class Conductor:
         specify: Callable[[Method, int], TrialSpec],
         find: Find,
         ledger: Ledger,
-        capacity: Demand,
+        room: Callable[[], tuple[Demand, int]],
         effort: Callable[[Method], float],
         say: Callable[[str], None],
     ) -> None:
         self._experiment, self._proposer, self._specify = experiment, proposer, specify
-        self._find, self.ledger, self._capacity, self._effort, self._say = find, ledger, capacity, effort, say
+        self._find, self.ledger, self._room, self._effort, self._say = find, ledger, room, effort, say
+        self._most = Demand(0.0, 0.0)
         self._held: TrialSpec | None = None
+        self._waits_for_node = False
+        #: Trials that were lost and are to run again.
+        self.lost: list[TrialSpec] = []
         self._repeats: list[TrialSpec] | None = None
         self._running: dict[str, Demand] = {}
         self.specs: dict[str, TrialSpec] = {}
@@ -62,6 +68,12 @@ class Conductor:
     def next(self) -> TrialSpec | Literal["wait", "done"]:
         """The next trial; `wait` while it does not fit, or more is known later; `done` at the end."""
         while True:
+            if over := self.ledger.over:
+                self.close(over)
+            if self.lost and not self._closed:
+                if not self._fits(demand := self._demand(self.lost[0])):
+                    return "wait"
+                return self._start(self.lost.pop(0), demand)
             spec = self._held or self._propose()
             if not isinstance(spec, TrialSpec):
                 return spec
@@ -74,16 +86,32 @@ class Conductor:
                 self.found[spec.key] = found.model_copy(update={"repeat_of": spec.repeat_of})
                 self._learn(spec, Outcome(found.status, found.figures))
                 continue
-            demand, effort = self._demand(spec), self._effort(spec.parsed)
-            if refused := self._closed or self.ledger.refuses(demand, effort):
+            demand = self._demand(spec)
+            if refused := self._closed or self.ledger.refuses(spec.key, demand, self._effort(spec.parsed)):
                 self._leave_out(spec, refused)
                 continue
             if not self._fits(demand):
                 self._held = spec
                 return "wait"
-            self._running[spec.key] = demand
-            self.ledger.start(spec.key, demand, effort)
-            return spec
+            return self._start(spec, demand)
+
+    def _start(self, spec: TrialSpec, demand: Demand) -> TrialSpec:
+        self._running[spec.key] = demand
+        self.ledger.start(spec.key, demand, self._effort(spec.parsed))
+        return spec
+
+    def again(self, spec: TrialSpec) -> bool:
+        """Have a running trial that was lost run once more; whether it will: not in a sweep that ends."""
+        if self._closed or self.cancelled or self.ledger.over:
+            return False
+        self._running.pop(spec.key)
+        self.ledger.end(spec.key, whole=False)
+        self.lost.append(spec)
+        return True
+
+    def runs(self, key: str) -> None:
+        """A trial that was handed out has got what it asked for."""
+        self.ledger.runs(key)
 
     def recall(self, spec: TrialSpec, result: TrialResult) -> None:
         """A result from before: the search learns from it; if of this very sweep, it counts as tried."""
@@ -163,21 +191,31 @@ class Conductor:
         self._closed = self._closed or why
 
     def _demand(self, spec: TrialSpec) -> Demand:
-        return demand_of(spec.parsed, self._experiment, self._capacity)
+        return demand_of(spec.parsed, self._experiment, self._room()[0])
 
     def _fits(self, demand: Demand) -> bool:
+        """Whether a trial can start now; of several sweeps each has its share, and room for one trial."""
         bound = self._experiment.sweep.max_concurrent
         if bound is not None and len(self._running) >= bound:
             return False
+        room, sweeps = self._room()
+        self._most = Demand(max(self._most.cpus, room.cpus), max(self._most.gpus, room.gpus))
         cpus = sum(d.cpus for d in self._running.values()) + demand.cpus
         gpus = sum(d.gpus for d in self._running.values()) + demand.gpus
-        if cpus <= self._capacity.cpus + 1e-9 and gpus <= self._capacity.gpus + 1e-9:
+        share = 1.0 / sweeps if self._running else 1.0
+        if cpus <= room.cpus * share + 1e-9 and gpus <= room.gpus * share + 1e-9:
+            self._waits_for_node = False
             return True
-        if not self._running:
+        if self._running:
+            return False
+        if demand.cpus > self._most.cpus + 1e-9 or demand.gpus > self._most.gpus + 1e-9:
             raise ServiceError(
                 f"a trial takes {demand.cpus:g} CPUs and {demand.gpus:g} GPUs; for this sweep there are "
-                f"{self._capacity.cpus:g} and {self._capacity.gpus:g}",
+                f"{room.cpus:g} and {room.gpus:g}",
                 "lower sweep.cpus_per_trial, sweep.gpus_per_trial, sweep.workers_per_trial, sweep.devices or "
                 "sweep.leave, or add nodes",
             )
+        if not self._waits_for_node:
+            self._say(f"waiting for a node: {room.cpus:g} CPUs and {room.gpus:g} GPUs are left")
+            self._waits_for_node = True
         return False

@@ -10,7 +10,8 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,23 +20,27 @@ from typing import Any, NamedTuple
 import ray
 from ray import tune
 
+from regraft.cluster.sweeps import announced, remove_leftovers
 from regraft.config import Experiment
-from regraft.errors import InfeasibleTrialError, RegraftError
+from regraft.errors import RegraftError
 from regraft.methods import Method, parse_method
-from regraft.models import resolve
-from regraft.records import DatasetVersion, TrialResult
+from regraft.models import ResolvedModel, resolve
+from regraft.records import DatasetVersion, TrialResult, content_hash
 from regraft.tracking.runs import Tracker
 from regraft.training.candidate import BaseCache
 from regraft.training.preflight import Batching, seconds
+from regraft.training.ray_trainer import survive_memory_kills
 from regraft.training.spec import TrialSpec
-from regraft.training.trial import run_trial
+from regraft.training.trial import Attempt, run_trial
 from regraft.tuning.adapters import ByRule, Progress, Proposals, Say, WithinBudget
-from regraft.tuning.budget import Demand, Ledger
+from regraft.tuning.budget import Demand, Ledger, Spent
 from regraft.tuning.conductor import Conductor
 from regraft.tuning.plan import SweepPlan, by_ray_train, plan_sweep
 
 #: Clean bases of this process: a reused trial actor finds here what its last trial gave back.
 _BASES = BaseCache()
+#: What the cluster has is looked at anew after so many seconds.
+_LOOKED_EVERY = 2.0
 
 
 class NothingCompletedError(RegraftError):
@@ -68,6 +73,7 @@ def run_sweep(
     say: Say,
     tags: dict[str, Any] | None = None,
     resume: bool = False,
+    work: type[Attempt] | None = None,
 ) -> Swept:
     """Run all trials of an experiment that are not finished yet.
 
@@ -79,23 +85,44 @@ def run_sweep(
         say: Called with a line whenever something worth seeing happened.
         tags: More parameters to keep with the sweep's run.
         resume: Insist that the sweep was begun before. It goes on from there in any case.
+        work: What inline trials do, where it is not training and scoring.
 
     Raises:
         NothingCompletedError: If no trial completed; the message gives each one's reason.
         NothingToResumeError: If `resume` is asked for a sweep that never began.
-        ServiceError: If a trial asks for more than the cluster has for this sweep.
+        ServiceError: If a trial asks for more than the cluster has for this sweep, or the same sweep runs
+            already.
     """
     base = resolve(experiment.model.source, experiment.model.revision, say)
     plan = plan_sweep(experiment, dataset, base, tracking_uri, storage=storage)
+    where = content_hash([tracking_uri, experiment.name], 6)
+    with announced(f"{plan.sweep_id}-{where}", say) as sweeps:
+        remove_leftovers(say)
+        return _run(experiment, dataset, base, plan, sweeps, say, tags or {}, resume, work)
+
+
+def _run(
+    experiment: Experiment,
+    dataset: DatasetVersion,
+    base: ResolvedModel,
+    plan: SweepPlan,
+    sweeps: Callable[[], int],
+    say: Say,
+    tags: dict[str, Any],
+    resume: bool,
+    work: type[Attempt] | None,
+) -> Swept:
+    tracking_uri = plan.template.tracking_uri
     tracker = Tracker(tracking_uri, experiment.name)
     params = {"base_model": base.source, "base_revision": base.revision, "dataset_id": dataset.id}
-    params |= {"search": experiment.sweep.search.name} | (tags or {})
+    params |= {"search": experiment.sweep.search.name} | tags
     if resume and not tracker.has_sweep(plan.sweep_id):
         raise NothingToResumeError(
             f"{plan.sweep_id} was never begun on {tracking_uri}",
             "a sweep is told by its methods, search, data and settings: undo what was changed since, or "
             "start it without --resume; finished trials that fit are found either way",
         )
+    before, known = tracker.spent_before(plan.sweep_id)
     run_id = tracker.start_sweep(plan.sweep_id, params=params, dataset=dataset)
     template = plan.template.model_copy(update={"sweep_run_id": run_id})
     plan = plan._replace(template=template)
@@ -106,8 +133,8 @@ def run_sweep(
         proposer,
         plan.spec,
         tracker.finished_trials().get,
-        Ledger(sweep.budget),
-        _capacity(experiment),
+        Ledger(sweep.budget, before=Spent(int(before.pop("trials", 0)), **before), known=known),
+        _Room(experiment, sweeps),
         lambda method: _effort(method, experiment, base.path),
         say,
     )
@@ -115,7 +142,7 @@ def run_sweep(
         _learn(conductor, plan, tracker, say)
     try:
         with _gently_ended(conductor):
-            records = _tune(experiment, dataset, conductor, plan, tracker, say)
+            records = _tune(experiment, dataset, conductor, plan, tracker, say, work)
     except BaseException as error:
         tracker.end_sweep(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
@@ -123,8 +150,9 @@ def run_sweep(
         tracker.end_sweep(run_id, "KILLED")
         raise KeyboardInterrupt
     say(f"the sweep took {conductor.ledger.spent}")
-    known = records | tracker.results_in(plan.sweep_id) | conductor.found
-    results = tuple(known[key] for key in conductor.specs if key in known)
+    found = conductor.found | records
+    found |= tracker.results_in(plan.sweep_id, conductor.specs.keys() - found.keys())
+    results = tuple(found[key] for key in conductor.specs if key in found)
     if not any(r.status == "completed" for r in results):
         tracker.end_sweep(run_id, "FAILED")
         reasons = "\n".join(f"  {r.label}: {r.status}: {r.reason}" for r in results) or "  none left a record"
@@ -141,13 +169,15 @@ def _tune(
     plan: SweepPlan,
     tracker: Tracker,
     say: Say,
+    work: type[Attempt] | None,
 ) -> dict[str, TrialResult]:
-    """Run trials until the conductor has no more; gives what the driver knows of those without a record."""
+    """Run trials until the conductor has no more; gives the records of those that ran."""
+    survive_memory_kills()
     rule = experiment.sweep.stopping.rule() if experiment.sweep.stopping else None
     brackets = experiment.sweep.stopping.brackets if experiment.sweep.stopping else "sweep"
-    progress = Progress(conductor, tracker, say)
+    progress = Progress(conductor, tracker, plan.template.sweep_run_id, say)
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, dataset_ref=[ray.put(dataset)]),
+        tune.with_parameters(_trial, dataset_ref=[ray.put(dataset)], work=work),
         _resources,
     )
     storage = plan.template.storage
@@ -217,14 +247,25 @@ def _learn(conductor: Conductor, plan: SweepPlan, tracker: Tracker, say: Say) ->
         say(f"the search begins with what {known} earlier trials came to")
 
 
-def _capacity(experiment: Experiment) -> Demand:
-    """What the cluster has, less what the sweep is told to leave.
+class _Room:
+    """What the cluster has, less what the sweep is told to leave, and how many sweeps share it.
 
     Ray Train workers take their resources outside Tune's books, so it is the conductor's count, and not
     Tune's, that keeps inline trials from starving them.
     """
-    have, leave = ray.cluster_resources(), experiment.sweep.leave
-    return Demand(have.get("CPU", 0.0) - leave.cpus, have.get("GPU", 0.0) - leave.gpus)
+
+    def __init__(self, experiment: Experiment, sweeps: Callable[[], int]) -> None:
+        self._leave, self._sweeps = experiment.sweep.leave, sweeps
+        self._at, self._have = -math.inf, Demand(0.0, 0.0)
+
+    def __call__(self) -> tuple[Demand, int]:
+        if time.monotonic() - self._at > _LOOKED_EVERY:
+            have = ray.cluster_resources()
+            self._have = Demand(
+                have.get("CPU", 0.0) - self._leave.cpus, have.get("GPU", 0.0) - self._leave.gpus
+            )
+            self._at = time.monotonic()
+        return self._have, self._sweeps()
 
 
 def _effort(method: Method, experiment: Experiment, base: Path) -> float:
@@ -252,22 +293,18 @@ def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([bundle])
 
 
-def _trial(config: dict[str, Any], dataset_ref: list[Any]) -> None:
+def _trial(config: dict[str, Any], dataset_ref: list[Any], work: type[Attempt] | None) -> None:
     """What runs in the trial actor."""
     arm = config["arm"]
     spec = TrialSpec.model_validate(arm["spec"])
     if arm["train"]:
         from regraft.training.ray_trainer import run_with_ray_train
 
-        try:
-            name = f"{spec.sweep_id}-{tune.get_context().get_trial_id()}"
-            run_with_ray_train(spec, dataset_ref, name=name, storage=spec.storage)
-        except InfeasibleTrialError as error:
-            tune.report(
-                {"eval_loss": math.inf, "point": spec.points, "status": "infeasible", "reason": error.problem}
-            )
+        name = f"{spec.sweep_id}-{tune.get_context().get_trial_id()}"
+        run_with_ray_train(spec, dataset_ref, name=name, storage=spec.storage)
         return
     import torch
 
     torch.set_num_threads(max(1, int(spec.sweep.cpus_per_trial)))
-    run_trial(spec, ray.get(dataset_ref[0]), report=lambda m: tune.report(m), bases=_BASES)
+    dataset = ray.get(dataset_ref[0])
+    run_trial(spec, dataset, report=lambda m: tune.report(m), bases=_BASES, work=work)

@@ -1,0 +1,138 @@
+"""Sweeps on one cluster: how many there are, that each runs once, and what dead ones left behind.
+
+A sweep is announced by a named actor, which ends with its driver, however that ends: nobody has to clean up.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from regraft.errors import ServiceError
+
+_NAMESPACE = "regraft"
+_PREFIX = "sweep:"
+#: Ray notices that a driver is gone a moment after it is.
+_PATIENCE = 30.0
+#: The others are counted anew after so many seconds.
+_COUNTED_EVERY = 2.0
+
+
+class _Sweep:
+    """Stands for a sweep as long as its driver lives."""
+
+    def __init__(self, by: str) -> None:
+        self._by = by
+
+    def by(self) -> str:
+        """Who runs it."""
+        return self._by
+
+
+@contextmanager
+def announced(sweep: str, say: Callable[[str], None]) -> Iterator[Callable[[], int]]:
+    """Make a sweep known to the others on the connected cluster while open.
+
+    Args:
+        sweep: What tells it from all others.
+        say: Called if the same sweep has to end first.
+
+    Yields:
+        A function that says how many sweeps there are, this one among them.
+
+    Raises:
+        ServiceError: If the same sweep runs already.
+    """
+    import ray
+
+    _wait_until_gone(sweep, say)
+    context = ray.get_runtime_context()
+    by = f"process {os.getpid()} on {socket.gethostname()} (Ray job {context.get_job_id()})"
+    sign = (
+        ray.remote(_Sweep)
+        .options(name=_PREFIX + sweep, namespace=_NAMESPACE, num_cpus=0, max_restarts=-1)
+        .remote(by)
+    )
+    try:
+        ray.get(sign.by.remote())
+    except (ValueError, ray.exceptions.RayActorError) as error:  # another was quicker
+        raise ServiceError(f"the sweep {sweep} runs already", "wait for it, or end it") from error
+    counted = _Counted()
+    try:
+        yield counted
+    finally:
+        ray.kill(sign)
+
+
+class _Counted:
+    """How many sweeps there are; asked for now and then."""
+
+    def __init__(self) -> None:
+        self._at, self._count = -_COUNTED_EVERY, 1
+
+    def __call__(self) -> int:
+        import ray
+
+        if time.monotonic() - self._at > _COUNTED_EVERY:
+            names = [found["name"] for found in ray.util.list_named_actors(all_namespaces=True)]
+            self._at, self._count = time.monotonic(), sum(n.startswith(_PREFIX) for n in names)
+        return max(1, self._count)
+
+
+def _wait_until_gone(sweep: str, say: Callable[[str], None]) -> None:
+    """Wait for what an earlier driver of a sweep left to go; refuse if it stays."""
+    import ray
+
+    deadline, told = time.monotonic() + _PATIENCE, False
+    while True:
+        try:
+            other = ray.get_actor(_PREFIX + sweep, namespace=_NAMESPACE)
+            by = ray.get(other.by.remote(), timeout=5)
+        except (ValueError, ray.exceptions.RayError):
+            return
+        if time.monotonic() > deadline:
+            raise ServiceError(
+                f"the sweep {sweep} runs already: {by}",
+                "follow that one, or end it and start again: it goes on where it was",
+            )
+        if not told:
+            say(f"this sweep is run by {by}; waiting {_PATIENCE:.0f} s for it to end")
+            told = True
+        time.sleep(0.5)
+
+
+def remove_leftovers(say: Callable[[str], None]) -> int:
+    """Remove the placement groups of jobs that are dead; gives how many there were.
+
+    Ray does so itself when a job ends, but a Ray Train controller that outlives a killed driver for a moment
+    may ask for a group after that (Ray 2.60), and nobody would ever give its resources back.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+    from ray.util.state import list_placement_groups
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        groups = [g for g in list_placement_groups(detail=True, limit=1000) if g.state != "REMOVED"]
+        dead = _dead_jobs() if groups else set()
+    except (RayStateApiException, ray.exceptions.RaySystemError) as error:
+        say(f"cannot look for what dead jobs have left: {str(error).splitlines()[0]}")
+        return 0
+    left = [g for g in groups if g.creator_job_id in dead and not g.is_detached]
+    for group in left:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group.placement_group_id))))
+    if left:
+        say(f"gave back what {len(left)} placement groups of dead jobs held")
+    return len(left)
+
+
+def _dead_jobs() -> set[str]:
+    from ray.util.state import list_jobs
+
+    ended = {"SUCCEEDED", "FAILED", "STOPPED"}
+    jobs: list[Any] = list_jobs(detail=True, limit=10000)
+    return {job.job_id for job in jobs if str(job.status) in ended and job.job_id}
