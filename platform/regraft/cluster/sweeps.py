@@ -116,10 +116,13 @@ def remove_leftovers(say: Callable[[str], None]) -> int:
     from ray.util.state import list_placement_groups
     from ray.util.state.exception import RayStateApiException
 
+    # Unless told, Ray asks whichever cluster was last started on this machine.
+    address = ray.get_runtime_context().gcs_address
     try:
-        groups = [g for g in list_placement_groups(detail=True, limit=1000) if g.state != "REMOVED"]
-        dead = _dead_jobs() if groups else set()
-    except (RayStateApiException, ray.exceptions.RaySystemError) as error:
+        found = list_placement_groups(address=address, detail=True, limit=1000)
+        groups = [g for g in found if g.state != "REMOVED"]
+        dead = _dead_jobs(address) if groups else set()
+    except (RayStateApiException, ray.exceptions.RayError, OSError) as error:
         say(f"cannot look for what dead jobs have left: {str(error).splitlines()[0]}")
         return 0
     left = [g for g in groups if g.creator_job_id in dead and not g.is_detached]
@@ -130,9 +133,9 @@ def remove_leftovers(say: Callable[[str], None]) -> int:
     return len(left)
 
 
-def _dead_jobs() -> set[str]:
+def _dead_jobs(address: str) -> set[str]:
     from ray.util.state import list_jobs
 
     ended = {"SUCCEEDED", "FAILED", "STOPPED"}
-    jobs: list[Any] = list_jobs(detail=True, limit=10000)
+    jobs: list[Any] = list_jobs(address=address, detail=True, limit=10000)
     return {job.job_id for job in jobs if str(job.status) in ended and job.job_id}

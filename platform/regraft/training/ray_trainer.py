@@ -84,10 +84,10 @@ def survive_memory_kills() -> None:
     if getattr(plain, "regraft", False):
         return
 
-    def failed(self: Any, task: Any, exception: Exception) -> None:
+    def failed(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
             exception = KilledForMemoryError(error_msg=str(exception))
-        plain(self, task, exception)
+        plain(self, tracked_actor_task, exception)
 
     failed.regraft = True  # type: ignore[attr-defined]
     RayActorManager._actor_task_failed = failed

@@ -358,5 +358,10 @@ class Attempt:
 def _is_out_of_memory(error: BaseException) -> bool:
     import torch
 
-    text = str(error).lower()  # what a CPU's tensors find: torch raises a plain RuntimeError
-    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "not enough memory" in text
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    # On a CPU torch raises a plain RuntimeError: on Linux, and elsewhere.
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text
+    )
