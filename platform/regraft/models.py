@@ -267,6 +267,8 @@ def pick_device(device: str = "auto") -> str:
     Raises:
         ModelError: If `cuda` is asked for and there is none.
     """
+    if device == "cpu":
+        return device  # and no second for importing torch
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

@@ -105,9 +105,11 @@ def make_adapter(folder: Path, content: bytes = b"weights") -> Path:
 def start(tracker, key, *, sweep="s1", params=None):
     parent = tracker.start_sweep(sweep, params={"trials": 2}, dataset=DATASET)
     params = params or {"method": "lora", "rank": 8, "learning_rate": 0.001}
-    return tracker.start_trial(
+    run = tracker.start_trial(
         parent, sweep_id=sweep, key=key, label=f"lora {key}", params=params, dataset=DATASET
     )
+    run.settle()
+    return run
 
 
 def result_of(run, key, **changes) -> TrialResult:

@@ -48,6 +48,11 @@ class InOrder:
                 self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
                 self._thread.start()
 
+    def check(self) -> None:
+        """Raise what the first call that failed raised, if one did; waits for none."""
+        if self._error is not None:
+            raise self._error
+
     def wait(self) -> None:
         """Until all calls are made.
 
@@ -55,7 +60,10 @@ class InOrder:
             ServiceError: If the server was away for too long.
             Exception: What the first call that failed otherwise raised.
         """
-        self._calls.join()
+        with self._calls.all_tasks_done:
+            while self._calls.unfinished_tasks:
+                self._calls.all_tasks_done.wait(1.0)
+                alive()
         error, self._error = self._error, None
         if error is not None:
             raise error

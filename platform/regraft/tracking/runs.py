@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from regraft.records import (
 )
 from regraft.tracking.client import guarded, has_code, log_decision, now_ms, to_json
 from regraft.tracking.leaderboard import markdown
-from regraft.tracking.trials import RESULT_FILE, TAG_CHARACTERS, TrialRun, dataset_split_name, end_tags
+from regraft.tracking.trials import RESULT_FILE, TAG_CHARACTERS, RunAt, TrialRun, dataset_split_name, end_tags
 from regraft.tracking.view import METRICS, VIEW_TAG, view_path, view_value
 
 #: What MLflow calls a run that ended so; FINISHED all others.
@@ -131,7 +131,6 @@ class Tracker:
         """End the run of a sweep that did not come to a leaderboard: `FAILED` or `KILLED`."""
         self._client.set_terminated(run_id, status)
 
-    @guarded
     def start_trial(
         self,
         sweep_run_id: str,
@@ -152,19 +151,15 @@ class Tracker:
             params: Settings of the trial. Those an earlier attempt has logged stay as they are.
             dataset: What it trains and is evaluated on.
         """
-        tags = {"role": "trial", "sweep": sweep_id, "trial_key": key}
-        run = self._resume(tags, name=label, parent=sweep_run_id)
-        run_id = str(run.info.run_id)
-        self._client.set_tag(run_id, "dataset", dataset.id)
-        self._client.set_tag(run_id, "attempt", str(int(run.data.tags.get("attempt", "0")) + 1))
-        self._describe(run, params, dataset)
-        return TrialRun(
-            self._client,
-            uri=self.uri,
-            experiment_id=self.experiment_id,
-            run_id=run_id,
-            dataset_name=dataset.name,
-        )
+
+        def opened() -> RunAt:
+            tags = {"role": "trial", "sweep": sweep_id, "trial_key": key}
+            known = {"mlflow.parentRunId": sweep_run_id, "dataset": dataset.id}  # MLflow has no other parent
+            run = self._resume(tags, name=label, more=known, counted="attempt")
+            self._describe(run, params, dataset)
+            return RunAt(self.experiment_id, str(run.info.run_id), str(run.info.artifact_uri))
+
+        return TrialRun(self._client, uri=self.uri, opened=opened, dataset_name=dataset.name)
 
     @guarded
     def close_trial(
@@ -201,6 +196,19 @@ class Tracker:
                 self._client.log_batch(run_id, tags=end_tags(status, reason))
                 self._client.set_terminated(run_id, ENDS.get(status, "FINISHED"))
         return newest
+
+    @guarded
+    def close_running(self, sweep_id: str, results: Mapping[str, TrialResult]) -> None:
+        """Close what still runs of an ended sweep, where it is known what became of it.
+
+        A trial that was ended from outside while its run was being opened has left it so.
+        """
+        for run in self._search({"role": "trial", "sweep": sweep_id}, "attributes.status = 'RUNNING'"):
+            result = results.get(run.data.tags.get("trial_key", ""))
+            if result is not None:
+                self.close_trial(
+                    sweep_id, result.key, status=result.status, reason=result.reason, result=result
+                )
 
     @guarded
     def find_trial(self, key: str) -> TrialResult | None:
@@ -320,9 +328,9 @@ class Tracker:
         self._client.set_experiment_tag(self.experiment_id, VIEW_TAG, view_value(metrics or METRICS))
         return self.uri + view_path(self.experiment_id)
 
-    def _search(self, tags: dict[str, str]) -> list[Run]:
-        """Runs with all of these tags, the newest first."""
-        wanted = " AND ".join(f"tags.{key} = '{value}'" for key, value in tags.items())
+    def _search(self, tags: dict[str, str], *more: str) -> list[Run]:
+        """Runs with all of these tags, and for which more holds, the newest first."""
+        wanted = " AND ".join([*(f"tags.{key} = '{value}'" for key, value in tags.items()), *more])
         found, token = [], None
         while True:
             page = self._client.search_runs(
@@ -332,19 +340,27 @@ class Tracker:
             if not (token := page.token):
                 return found
 
-    def _resume(self, tags: dict[str, str], *, name: str, parent: str | None = None) -> Run:
-        """The run with these tags, set running; made if there is none."""
+    def _resume(
+        self, tags: dict[str, str], *, name: str, more: dict[str, str] | None = None, counted: str = ""
+    ) -> Run:
+        """The run with these tags, set running; made if there is none.
+
+        Args:
+            tags: What it is found by.
+            name: Its name, if it is made.
+            more: Tags that it gets in any case.
+            counted: A tag that counts how often this was done.
+        """
         found = self._search(tags)
-        # A tag, because MLflow has no other notion of a parent.
-        family = {"mlflow.parentRunId": parent} if parent else {}
+        more = (more or {}) | {"status": "running"}
+        if counted:
+            before = found[0].data.tags.get(counted, "0") if found else "0"
+            more[counted] = str(int(before) + 1)
         if not found:
-            return self._client.create_run(
-                self.experiment_id, run_name=name, tags=tags | family | {"status": "running"}
-            )
+            return self._client.create_run(self.experiment_id, run_name=name, tags=tags | more)
         run = found[0]
         self._client.update_run(run.info.run_id, status="RUNNING")
-        for key, value in (family | {"status": "running"}).items():
-            self._client.set_tag(run.info.run_id, key, value)
+        self._client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in more.items()])
         return run
 
     def _describe(self, run: Run, params: dict[str, Any], dataset: DatasetVersion) -> None:

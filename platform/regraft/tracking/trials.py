@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, RunTag
 from mlflow.models import Model
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from regraft.records import EvalReport, LossPoint, TrialResult
 from regraft.tracking.background import InOrder, patiently
@@ -19,40 +21,74 @@ from regraft.tracking.client import SHA_TAG, guarded, hash_folder, now_ms, refus
 RESULT_FILE = "trial_result.json"
 SAMPLES_FILE = "samples.json"
 SAMPLES = 20
+#: The points of a curve that come within so many seconds go in one request.
+_LINGER = 1.0
 #: MLflow shows tags in full in its tables; the whole reason is in the record.
 TAG_CHARACTERS = 1000
+
+
+class RunAt(NamedTuple):
+    """A run, its experiment, and where its artifacts belong."""
+
+    experiment_id: str
+    run_id: str
+    artifacts: str
 
 
 class TrialRun:
     """The MLflow run of one trial. `Tracker.start_trial` makes it.
 
+    Training waits for nothing here until its end: the run is opened and the curve logged in the background,
+    and again while the server is away.
+
     Args:
         client: A client of the server at `uri`.
         uri: The server, for error messages.
-        experiment_id: The experiment of the run.
-        run_id: The run.
+        opened: Finds or makes the run.
         dataset_name: Name of the dataset version that the trial trains on.
     """
 
     def __init__(
-        self, client: MlflowClient, *, uri: str, experiment_id: str, run_id: str, dataset_name: str
+        self, client: MlflowClient, *, uri: str, opened: Callable[[], RunAt], dataset_name: str
     ) -> None:
         self.uri = uri
-        self.run_id = run_id
         self._client = client
-        self._experiment_id = experiment_id
+        self._opened = opened
+        self._at = RunAt("", "", "")
         self._dataset_name = dataset_name
         self._last_step = 0
         self._later = InOrder()
+        self._unsent: list[Metric] = []
+        self._lock = threading.Lock()
+        self._at_once = threading.Event()
+        self._later.put(self._open)
+
+    @property
+    def run_id(self) -> str:
+        """The run; waits until there is one.
+
+        Raises:
+            ServiceError: If the server refused it, or was away for too long.
+        """
+        if not self._at.run_id:
+            self.settle()
+        return self._at.run_id
+
+    @guarded
+    def _open(self) -> None:
+        self._at = self._opened()
 
     def log_curve(self, points: Sequence[LossPoint]) -> None:
-        """Log points of the learning curve, all in one request where they fit in one.
+        """Log points of the learning curve, with others that follow soon in one request.
 
-        Training does not wait for it: it is logged in the background, and again while the server is away.
+        Raises:
+            ServiceError: If the server refused an earlier call.
         """
+        self._later.check()
         self._last_step = max(self._last_step, *(point.step for point in points))
-        now = now_ms()
-        self._later.put(lambda: self._send_curve(points, now))
+        with self._lock:
+            self._unsent += self._of_curve(points)
+        self._later.put(self._send_curve)
 
     def settle(self) -> None:
         """Wait until all that was logged has arrived.
@@ -60,11 +96,30 @@ class TrialRun:
         Raises:
             ServiceError: If the server refused it, or was away for too long.
         """
-        self._later.wait()
+        self._at_once.set()
+        try:
+            self._later.wait()
+        finally:
+            self._at_once.clear()
 
     @guarded
-    def _send_curve(self, points: Sequence[LossPoint], now: int) -> None:
-        metrics = []
+    def _send_curve(self, tags: Sequence[RunTag] = ()) -> None:
+        """Send the metrics that wait, and tags with them."""
+        self._at_once.wait(_LINGER)
+        with self._lock:
+            metrics, self._unsent = self._unsent, []
+        if not self._at.run_id or not (metrics or tags):  # without a run, its error is what `settle` raises
+            return
+        try:
+            self._client.log_batch(self._at.run_id, metrics=metrics, tags=tags)
+        except BaseException:
+            with self._lock:
+                self._unsent = metrics + self._unsent
+            raise
+
+    @staticmethod
+    def _of_curve(points: Sequence[LossPoint]) -> list[Metric]:
+        metrics, now = [], now_ms()
         for point in points:
             values = {
                 "train/loss": point.train_loss,
@@ -76,7 +131,7 @@ class TrialRun:
             # Not by the names of the whole set's scores, which stand at the last step too.
             values |= {f"eval/{name}_at_points": value for name, value in point.scores.items()}
             metrics += [Metric(key, value, now, point.step) for key, value in values.items()]
-        self._client.log_batch(self.run_id, metrics=metrics)
+        return metrics
 
     def log_adapter(self, folder: Path, *, name: str, params: dict[str, Any], step: int) -> str:
         """Keep what was trained, as plain files at the root of an MLflow logged model.
@@ -94,6 +149,7 @@ class TrialRun:
             ModelError: If the folder holds pickled weights.
         """
         refuse_pickles(folder)
+        self.settle()
         return patiently(lambda: self._send_adapter(folder, name=name, params=params, step=step))
 
     @guarded
@@ -101,7 +157,7 @@ class TrialRun:
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         is_adapter = (folder / "adapter_config.json").exists()
         model = self._client.create_logged_model(
-            self._experiment_id,
+            self._at.experiment_id,
             name=_model_name(name),
             source_run_id=self.run_id,
             tags={SHA_TAG: hash_folder(folder), "adapter.bytes": str(size)},
@@ -126,23 +182,41 @@ class TrialRun:
         self._last_step = max(self._last_step, step)
         return model_id
 
-    def finish(self, result: TrialResult) -> None:
-        """Log what came of the trial and end its run; waits for the server where it is away.
+    def finish(self, result: TrialResult) -> TrialResult:
+        """Log what came of the trial and end its run; waits for a server that is away. Gives the record.
 
         The record is written before the run ends: a run that has ended without one did not come this far.
         """
+        tags = end_tags(result.status, result.reason)
+        if result.report is not None:
+            tags.append(
+                RunTag("mlflow.loggedArtifacts", json.dumps([{"path": SAMPLES_FILE, "type": "table"}]))
+            )
+        with self._lock:
+            self._unsent += self._metrics(result)
+        self._at_once.set()
+        self._later.put(lambda: self._send_curve(tags))
+        record = result.model_copy(update={"run_id": self.run_id})
+        texts = {RESULT_FILE: to_json(record)}
+        if result.report is not None:
+            texts[SAMPLES_FILE] = _samples(result.report)
+        for name, text in texts.items():
+            patiently(lambda name=name, text=text: self._put(name, text))  # type: ignore[misc]
         self.settle()
-        patiently(lambda: self._finish(result))
+        patiently(lambda: self._end("FAILED" if result.status == "failed" else "FINISHED"))
+        return record
 
     @guarded
-    def _finish(self, result: TrialResult) -> None:
-        if result.report is not None:
-            self._log_samples(result.report)
-        self._client.log_text(self.run_id, to_json(result), RESULT_FILE)
-        self._client.log_batch(
-            self.run_id, metrics=self._metrics(result), tags=end_tags(result.status, result.reason)
-        )
-        self._client.set_terminated(self.run_id, "FAILED" if result.status == "failed" else "FINISHED")
+    def _end(self, status: str) -> None:
+        self._client.set_terminated(self.run_id, status)
+
+    @guarded
+    def _put(self, name: str, text: str) -> None:
+        """Write an artifact. `MlflowClient.log_text` does the same, after asking where this run's belong."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, name)
+            file.write_text(text, encoding="utf-8")
+            get_artifact_repository(self._at.artifacts, self.uri).log_artifact(str(file))
 
     def _metrics(self, result: TrialResult) -> list[Metric]:
         now, step = now_ms(), self._last_step
@@ -170,20 +244,20 @@ class TrialRun:
             Metric(key, value, now, step) for key, value in other.items()
         ]
 
-    def _log_samples(self, report: EvalReport) -> None:
-        """Write the table of answers that MLflow lays side by side for several runs.
 
-        `MlflowClient.log_table` would append to the table of an earlier attempt; this replaces it.
-        """
-        names = sorted({name for example in report.examples for name in example.scores})
-        rows = [
-            [e.prompt, e.reference, e.output, *(e.scores.get(name) for name in names)]
-            for e in report.examples[:SAMPLES]
-        ]
-        table = {"columns": ["prompt", "reference", "output", *names], "data": rows}
-        self._client.log_text(self.run_id, json.dumps(table, ensure_ascii=False), SAMPLES_FILE)
-        listed = json.dumps([{"path": SAMPLES_FILE, "type": "table"}])
-        self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", listed)
+def _samples(report: EvalReport) -> str:
+    """The table of answers that MLflow lays side by side for several runs.
+
+    `MlflowClient.log_table` would append to the table of an earlier attempt; this replaces it.
+    """
+    names = sorted({name for example in report.examples for name in example.scores})
+    rows = [
+        [e.prompt, e.reference, e.output, *(e.scores.get(name) for name in names)]
+        for e in report.examples[:SAMPLES]
+    ]
+    return json.dumps(
+        {"columns": ["prompt", "reference", "output", *names], "data": rows}, ensure_ascii=False
+    )
 
 
 def dataset_split_name(dataset: str, split: str) -> str:

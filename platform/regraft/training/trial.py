@@ -10,6 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from regraft.methods import Method
 from regraft.methods.base import trainable_parameters
 from regraft.models import ResolvedModel, embedding_rows, load_tokenizer, pick_device, resolve
 from regraft.records import Cost, DatasetVersion, Example, LossPoint, TrialResult, TrialStatus
-from regraft.tracking.background import patiently
 from regraft.tracking.client import to_json
 from regraft.tracking.runs import Tracker
 from regraft.tracking.trials import TrialRun
@@ -84,28 +84,25 @@ def _run(
     bases: BaseCache,
     workers: Workers,
 ) -> None:
-    tracker = Tracker(spec.tracking_uri, spec.experiment)
     run = None
     if workers.rank == 0:
         params = spec.params | spec.sweep.model_dump(
             mode="json", include={"epochs", "tokens_per_batch", "seed"}
         )
-        run = patiently(
-            lambda: tracker.start_trial(
-                spec.sweep_run_id,
-                sweep_id=spec.sweep_id,
-                key=spec.key,
-                label=spec.named,
-                params=params,
-                dataset=dataset,
-            )
+        run = _tracker(spec.tracking_uri, spec.experiment).start_trial(
+            spec.sweep_run_id,
+            sweep_id=spec.sweep_id,
+            key=spec.key,
+            label=spec.named,
+            params=params,
+            dataset=dataset,
         )
     attempt = work(spec, dataset, run, report, bases, workers)
     try:
         result = attempt.go()
     except InfeasibleTrialError as error:
-        attempt.record(result := attempt.result("infeasible", error.problem))
-        report({"eval_loss": math.inf, "point": spec.points} | _ended(result))
+        record = attempt.record(attempt.result("infeasible", error.problem))
+        report({"eval_loss": math.inf, "point": spec.points} | _ended(record))
         return
     except Exception as error:
         if _is_out_of_memory(error):
@@ -113,9 +110,13 @@ def _run(
             raise TrialMemoryError(f"out of memory: {said}", smaller=attempt.smaller) from error
         attempt.record(attempt.result("failed", f"{type(error).__name__}: {error}"))
         raise
-    attempt.record(result)
-    metrics = {"eval_loss": result.eval_loss, "point": spec.points}
-    report(metrics | _ended(result) | {"figures": result.figures})
+    record = attempt.record(result)
+    metrics = {"eval_loss": record.eval_loss, "point": spec.points}
+    report(metrics | _ended(record) | {"figures": record.figures})
+
+
+#: Of this process: it asks for the experiment's id once, however many trials it runs.
+_tracker = cache(Tracker)
 
 
 def _ended(result: TrialResult) -> dict[str, Any]:
@@ -335,19 +336,20 @@ class Attempt:
         metrics = {"eval_loss": point.eval_loss, "point": len(self.points), "status": "training"}
         self.report(metrics | {"cost": self.cost.model_dump(), "curve": point.model_dump(mode="json")})
 
-    def record(self, result: TrialResult) -> None:
-        """Write the record, on the first worker; what is finished needs no checkpoint any more."""
-        if self.run is not None:
-            self.run.finish(result)
-            if self.checkpoints and result.status != "failed":
-                self.checkpoints.clear()
+    def record(self, result: TrialResult) -> TrialResult:
+        """Write the record, on the first worker; what is finished needs no checkpoint any more. Gives it."""
+        if self.run is None:
+            return result
+        result = self.run.finish(result)
+        if self.checkpoints and result.status != "failed":
+            self.checkpoints.clear()
+        return result
 
     def result(self, status: TrialStatus, reason: str = "") -> TrialResult:
         """The record as far as it is known."""
         return self.spec.result(
             status,
             reason,
-            run_id=self.run.run_id if self.run else "",
             eval_loss=next((p.eval_loss for p in reversed(self.points) if p.eval_loss is not None), None),
             cost=self.cost,
             data=dict(self.data),

@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 from regraft.config import Experiment
 from regraft.records import Cost, LossPoint, TrialResult, TrialStatus
 from regraft.search import Outcome, Rule
-from regraft.tracking.background import InOrder
+from regraft.tracking.background import InOrder, patiently
 from regraft.tracking.runs import Tracker
 from regraft.training.checkpoints import versions_of
 from regraft.training.ray_trainer import memory_error, was_lost
@@ -189,6 +189,8 @@ class Progress(_OfThisProcess, tune.Callback):  # type: ignore[misc]
             self._keep(spec, spec.result("cancelled", reason))
         self._save_spent()
         self._later.wait()
+        sweep_id = next((record.sweep_id for record in self.records.values()), "")
+        patiently(lambda: self._tracker.close_running(sweep_id, self.records))
 
     def _end(self, trial: Any, status: TrialStatus, reason: str) -> None:
         if self._open.pop(trial.trial_id, None) is None:

@@ -9,6 +9,7 @@ from regraft.config import Experiment
 from regraft.methods import Method
 from regraft.models import ResolvedModel, pick_device
 from regraft.records import DatasetVersion, content_hash
+from regraft.search import Grid
 from regraft.training.memory import least_gib
 from regraft.training.preflight import (
     Batching,
@@ -34,8 +35,10 @@ class SweepPlan(NamedTuple):
 
     def spec(self, method: Method, seed: int | None = None) -> TrialSpec:
         """The trial of a method; with another seed, its repeat."""
-        sweep = self.template.sweep.of(method)
-        update: dict[str, Any] = {"method": method.model_dump(mode="json"), "sweep": sweep}
+        own = method.model_dump(mode="json")
+        # A trial carries itself, not the whole space.
+        sweep = self.template.sweep.of(method).model_copy(update={"methods": (own,), "search": Grid()})
+        update: dict[str, Any] = {"method": own, "sweep": sweep}
         if seed is not None and seed != sweep.seed:
             update |= {"sweep": sweep.model_copy(update={"seed": seed}), "repeat_of": self.spec(method).key}
         return self.template.model_copy(update=update)

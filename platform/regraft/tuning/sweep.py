@@ -303,8 +303,9 @@ def _trial(config: dict[str, Any], dataset_ref: list[Any], work: type[Attempt] |
         name = f"{spec.sweep_id}-{tune.get_context().get_trial_id()}"
         run_with_ray_train(spec, dataset_ref, name=name, storage=spec.storage)
         return
-    import torch
+    if work is None:
+        import torch
 
-    torch.set_num_threads(max(1, int(spec.sweep.cpus_per_trial)))
+        torch.set_num_threads(max(1, int(spec.sweep.cpus_per_trial)))
     dataset = ray.get(dataset_ref[0])
     run_trial(spec, dataset, report=lambda m: tune.report(m), bases=_BASES, work=work)
