@@ -82,10 +82,10 @@ def sweep(
     """Try the methods, rank them, and promote the winner if it beats the champion (or the control).
 
     A sweep that was cut short goes on when it is started again, with or without `--resume`: finished trials
-    are found in MLflow and not run again, others go on from their last checkpoint. On a cluster, submit the
-    same as a job:
+    are found in MLflow and not run again, others go on from their last checkpoint. On a cluster whose nodes
+    have Regraft installed, submit the same as a job; the folder travels with it:
 
-    `ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/sweep.py PATH`
+    `ray job submit --address http://HEAD:8265 --working-dir FOLDER -- regraft sweep .`
     """
     from jobs.sweep import run
 

@@ -126,6 +126,12 @@ class Experiment(Section):
         except ValidationError as error:
             raise explain(path, tree, error, cls) from error
         experiment._check_methods(path, tree)
+        if experiment.cluster.autoscales and experiment.sweep.max_concurrent is None:
+            raise ConfigError(
+                f"{place(path, tree, ('cluster', 'autoscales'))}: cluster.autoscales: nothing bounds the "
+                "nodes that a sweep asks for",
+                "set sweep.max_concurrent to how many trials may run at once",
+            )
         return experiment.resolved(path.resolve().parent)
 
     def resolved(self, folder: Path) -> Experiment:

@@ -338,6 +338,11 @@ class ClusterSection(Section):
     num_gpus: int | None = Field(None, ge=0)
     dashboard_port: int = Field(8265, ge=0, le=65535)
     storage: str | None = Field(None, description="Folder or URI that all nodes reach, for Ray's own state.")
+    autoscales: bool = Field(
+        False,
+        description="Nodes come when they are asked for: trials are handed out up to sweep.max_concurrent, "
+        "whatever there is now, and wait for their node.",
+    )
     prices: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {},
         description="Price of an hour of one CPU and of one GPU, or of accelerators by name: the dearest "

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from regraft.config import Experiment
+from regraft.config import BudgetSection, Experiment
 from regraft.errors import ServiceError
 from regraft.models import ResolvedModel
 from regraft.records import DatasetVersion, TrialResult, TrialStatus
 from regraft.search import Outcome
 from regraft.training.spec import TrialSpec
-from regraft.tuning.budget import Demand, Ledger
+from regraft.tuning.budget import Demand, Ledger, Spent
 from regraft.tuning.conductor import Conductor
 from regraft.tuning.plan import plan_sweep
 
@@ -34,6 +34,8 @@ def conductor(
     clock: Clock,
     *,
     capacity: Demand = Demand(2, 0),  # noqa: B008
+    room: Callable[[], tuple[Demand, int]] | None = None,
+    ledger: Callable[[BudgetSection, Clock], Ledger] = Ledger,
     find: Callable[[str], TrialResult | None] = lambda _: None,
     prices: dict[str, float] | None = None,
     **sweep: Any,
@@ -51,15 +53,14 @@ def conductor(
     dataset = DatasetVersion(id="d", name="d", splits={})
     plan = plan_sweep(experiment, dataset, base, "http://127.0.0.1:9")
     search = experiment.sweep.search.proposer(experiment.sweep.arms, samples=1, seed=experiment.sweep.seed)
-    ledger = Ledger(experiment.sweep.budget, clock)
     return Conductor(
         experiment,
         search,
         plan.spec,
         find,
-        ledger,
-        lambda: (capacity, 1),
-        lambda m: float(m.trains),
+        ledger(experiment.sweep.budget, clock),
+        room or (lambda: (capacity, 1)),
+        lambda method: float(method.trains),
         lambda _: None,
     )
 
@@ -207,3 +208,90 @@ def test_devices_of_a_method_are_part_of_what_a_sweep_is() -> None:
     assert isinstance(second, TrialSpec)
     assert first.sweep_id != second.sweep_id
     assert first.key != second.key
+
+
+def test_a_lost_trial_runs_again_before_any_other_and_keeps_its_place_in_the_budget() -> None:
+    clock = Clock()
+    order = conductor(clock, budget={"trials": 3})
+    first, second = starts(order)
+    clock.now += 30
+    assert order.again(first.model_copy(update={"micro_tokens": 64}))
+    again = order.next()
+    assert isinstance(again, TrialSpec)
+    assert (again.key, again.micro_tokens) == (first.key, 64)
+    for spec in (again, second):
+        order.finished(spec.key, outcome())
+    (third,) = starts(order)
+    order.finished(third.key, outcome())
+    assert order.next() == "done"
+    assert order.ledger.spent.trials == 3
+    assert len(order.left_out) == 3
+
+
+def test_a_lost_trial_is_not_run_again_when_the_sweep_ends() -> None:
+    clock = Clock()
+    order = conductor(clock, budget={"hours": 1})
+    first, second = starts(order)
+    clock.now = 3601
+    assert not order.again(first)
+    order.finished(first.key, outcome(status="failed"))
+    order.finished(second.key, outcome())
+    assert order.next() == "done"
+
+
+def test_sweeps_on_one_cluster_share_it_and_each_has_room_for_one_trial() -> None:
+    shared = 1
+    order = conductor(Clock(), room=lambda: (Demand(4, 0), shared))
+    first = starts(order)
+    assert len(first) == 4
+    shared = 2  # another sweep comes: no trial is ended, but none is started before two are
+    order.finished(first[0].key, outcome())
+    order.finished(first[1].key, outcome())
+    assert order.next() == "wait"
+    order.finished(first[2].key, outcome())
+    assert len(starts(order)) == 1
+    wide = conductor(Clock(), cpus_per_trial=3, room=lambda: (Demand(4, 0), 2))
+    assert len(starts(wide)) == 1, "its share is less than one trial takes"
+
+
+def test_a_sweep_waits_for_a_node_that_is_gone_and_takes_one_that_comes() -> None:
+    room = Demand(2, 0)
+    order = conductor(Clock(), cpus_per_trial=2, room=lambda: (room, 1))
+    (first,) = starts(order)
+    room = Demand(1, 0)
+    order.finished(first.key, outcome())
+    assert order.next() == "wait", "it fitted before, so it may fit again"
+    room = Demand(4, 0)
+    assert len(starts(order)) == 2
+
+
+def test_a_budget_counts_over_what_was_spent_before_it_was_cut_short() -> None:
+    clock = Clock()
+    every = [spec.key for spec in play(conductor(clock), clock)]
+
+    def resumed(budget: BudgetSection, clock: Clock) -> Ledger:
+        return Ledger(budget, clock, Spent(2, hours=0.5, gpu_hours=0.0, money=3.0), known=every[:2])
+
+    order = conductor(Clock(), budget={"trials": 3}, ledger=resumed)
+    assert len(starts(order)) == 2, "both were started before and count once"
+    order.finished(every[0], outcome())
+    order.finished(every[1], outcome())
+    assert len(starts(order)) == 1
+    assert order.ledger.spent.hours == 0.5
+    assert order.ledger.spent.money == 3.0
+    over = conductor(Clock(), budget={"hours": 0.5}, ledger=resumed)
+    assert over.next() == "done"
+    assert len(over.left_out) == 6
+
+
+def test_waiting_for_a_busy_cluster_costs_nothing() -> None:
+    clock = Clock()
+    order = conductor(clock, prices={"CPU": 60.0}, capacity=Demand(1, 0))
+    spec = order.next()
+    assert isinstance(spec, TrialSpec)
+    clock.now += 600  # others hold what it needs
+    order.runs(spec.key)
+    clock.now += 60
+    assert order.finished(spec.key, outcome()) == 60
+    assert order.ledger.spent.money == pytest.approx(1.0)
+    assert order.ledger.took[spec.key] == 660

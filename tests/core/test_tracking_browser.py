@@ -17,6 +17,7 @@ from regraft.records import (
 )
 from regraft.tracking.runs import Tracker
 from regraft.tracking.server import start_server, stop_server
+from regraft.tracking.view import PRICES
 
 TRIALS = {
     "lora rank=8 lr=0.001": ({"method": "lora", "rank": 8, "learning_rate": 0.001}, 0.4321),
@@ -107,9 +108,15 @@ def test_the_leaderboard_shows_every_trial_with_its_quality(url, browser, tmp_pa
     for title in (
         "Leaderboard",
         "Parallel Coordinates",
-        "cost/train_seconds vs. eval/rougeL",
+        *(f"{price} vs. eval/rougeL" for price in PRICES),
         "Learning curves",
     ):
         expect(page.get_by_text(title, exact=True).first).to_be_visible()
     expect(page.locator(".js-plotly-plot").first).to_be_visible()
+    # Every trial is a point of every scatter: what it cost and how good it is.
+    for price in PRICES:
+        card = page.locator("[data-testid='experiment-view-compare-runs-card']").filter(
+            has_text=f"{price} vs. eval/rougeL"
+        )
+        expect(card.locator(".scatterlayer .point")).to_have_count(len(TRIALS))
     page.screenshot(path=tmp_path / "charts.png")

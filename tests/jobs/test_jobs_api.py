@@ -1,6 +1,9 @@
-"""The sweep as a Ray job, as a person on a cluster submits it."""
+"""The sweep as a Ray job, as a person submits it to a cluster whose nodes have Regraft's wheel and no more."""
 
+import subprocess
+import sys
 import time
+import zipfile
 from pathlib import Path
 
 import psutil
@@ -20,10 +23,24 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def services(tmp_path_factory: pytest.TempPathFactory):
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the wheel holds, as it lies in a node's site-packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(ROOT)], check=True, timeout=300)
+    (file,) = folder.glob("regraft-*.whl")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory, wheel: Path):
     folder = tmp_path_factory.mktemp("services")
     server = start_server(folder / "mlflow", "127.0.0.1", 0)
+    # Before this checkout on the path: neither jobs nor their workers see it.
     environment = {"MLFLOW_TRACKING_URI": server.url, "REGRAFT_WORKSPACE": str(folder / "workspace")}
+    environment |= {"PYTHONPATH": str(wheel)}
     ray = start_local_ray(
         folder / "ray", num_cpus=2, num_gpus=None, dashboard_port=0, environment=environment
     )
@@ -33,15 +50,17 @@ def services(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_a_sweep_runs_as_a_job_and_a_second_submission_is_recognised(
-    services, tiny_experiment: Path, monkeypatch: pytest.MonkeyPatch
+    services, wheel: Path, tiny_experiment: Path, monkeypatch: pytest.MonkeyPatch
 ):
     uri, jobs, environment = services
-    command = f"python {ROOT}/jobs/sweep.py {tiny_experiment}/regraft.yaml"
-    runtime = {"env_vars": environment}
+    # The folder travels to the cluster with the job.
+    command = "python -c 'import jobs, regraft; print(jobs, regraft)' && regraft sweep ."
+    runtime = {"env_vars": environment, "working_dir": str(tiny_experiment)}
     assert submit_once(jobs, "sweep-once", command, runtime_env=runtime, metadata={"case": "tiny"})
     assert not submit_once(jobs, "sweep-once", command, runtime_env=runtime)
     lines: list[str] = []
     assert follow(jobs, "sweep-once", lines.append) == "SUCCEEDED", "\n".join(lines[-40:])
+    assert any(f"{wheel}/jobs" in line and f"{wheel}/regraft" in line for line in lines)
     assert any("Leaderboard of sweep-" in line for line in lines)
     assert any("compare the runs: http" in line for line in lines)
     assert any("the sweep's report: " in line for line in lines)
@@ -96,6 +115,7 @@ def variant(tiny_experiment: Path, folder: Path, name: str, **sweep: object) -> 
         "train": str(tiny_experiment / "data/train.jsonl"),
         "evaluation": str(tiny_experiment / "data/evaluation.jsonl"),
     }
+    folder.mkdir(exist_ok=True)
     file = folder / "regraft.yaml"
     file.write_text(yaml.safe_dump(experiment))
     return file
@@ -110,14 +130,14 @@ def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was_when_started_again(
         tiny_experiment, tmp_path, "killed", methods=methods, epochs=300, evaluations=20,
         checkpoint_seconds=0.5, max_concurrent=1,
     )  # fmt: skip
-    command = f"python {ROOT}/jobs/sweep.py {file}"
+    command = f"regraft sweep {file}"
     submit_once(jobs, "killed", command, runtime_env={"env_vars": environment})
     api = client(jobs)
     while "lora rank=2 lr=0.002: 3/20" not in api.get_job_logs("killed"):
         assert str(api.get_job_status("killed")) in {"PENDING", "RUNNING"}, api.get_job_logs("killed")
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if str(file) in words and f"{ROOT}/jobs/sweep.py" in words:
+        if words[-2:] == ["sweep", str(file)]:
             process.kill()
     assert follow(jobs, "killed", lambda _: None) == "FAILED"
     store = MlflowClient(uri)
@@ -150,7 +170,7 @@ def test_a_cancelled_sweep_closes_its_runs_and_leaves_nothing_behind(
     uri, jobs, environment = services
     methods = [{"name": "full"}, {"name": "lora", "rank": 2}]
     file = variant(tiny_experiment, tmp_path, "cancelled", methods=methods, epochs=5000, evaluations=100)
-    command = f"python {ROOT}/jobs/sweep.py {file}"
+    command = f"regraft sweep {file}"
     submit_once(jobs, "cancelled", command, runtime_env={"env_vars": environment})
     api = client(jobs)
     # Both the inline trial and the one in Ray Train are under way.
@@ -173,3 +193,36 @@ def test_a_cancelled_sweep_closes_its_runs_and_leaves_nothing_behind(
     deadline = time.monotonic() + 60
     while left := held():  # Ray ends a job's actors after the job
         assert time.monotonic() < deadline, left
+
+
+def test_two_sweeps_at_once_share_the_cluster_and_both_come_to_their_end(
+    services, tiny_experiment: Path, tmp_path: Path
+):
+    uri, jobs, environment = services
+    lora = [{"name": "lora", "rank": [1, 2, 3, 4, 5, 6]}]
+    files = {
+        "first": variant(
+            tiny_experiment, tmp_path / "1", "first", methods=[{"name": "zero_shot"}, *lora], epochs=60
+        ),
+        "second": variant(
+            tiny_experiment, tmp_path / "2", "second", methods=[{"name": "zero_shot"}, lora[0] | {"rank": [1]}],
+            ray_train=["lora"],
+        ),
+    }  # fmt: skip
+    api = client(jobs)
+    submit_once(jobs, "first", f"regraft sweep {files['first']}", runtime_env={"env_vars": environment})
+    while api.get_job_logs("first").count("started lora") < 2:
+        assert str(api.get_job_status("first")) in {"PENDING", "RUNNING"}, api.get_job_logs("first")
+    submit_once(jobs, "second", f"regraft sweep {files['second']}", runtime_env={"env_vars": environment})
+    store = MlflowClient(uri)
+    spans = {}
+    for name, trials in (("second", 2), ("first", 7)):
+        lines: list[str] = []
+        assert follow(jobs, name, lines.append) == "SUCCEEDED", "\n".join(lines[-40:])
+        (where,) = store.search_experiments(filter_string=f"name = '{name}'")
+        runs = store.search_runs([where.experiment_id], "tags.role = 'trial'")
+        assert [(r.data.tags["status"], r.data.tags["attempt"]) for r in runs] == [
+            ("completed", "1")
+        ] * trials
+        spans[name] = min(r.info.start_time for r in runs), max(r.info.end_time for r in runs)
+    assert spans["second"][0] < spans["first"][1], "the second had to wait for the first to end"

@@ -190,6 +190,42 @@ def test_a_trial_that_runs_out_of_memory_is_tried_once_more_in_smaller_parts(
     )
 
 
+def test_a_sweep_goes_on_while_mlflow_is_away_and_loses_nothing(
+    cluster, tiny_experiment: Path, tmp_path: Path, undisturbed: TrialResult
+):
+    from regraft.processes import free_port
+    from regraft.tracking.server import start_server, stop_server
+
+    port = free_port(0, "")
+    server = start_server(tmp_path / "mlflow", "127.0.0.1", port)
+
+    class Lines(list[str]):
+        """Stops the server with the first point of a trial, and starts it with the last one of both."""
+
+        def append(self, line: str) -> None:
+            nonlocal server
+            super().append(line)
+            points = [said for said in self if ": 1/4" in said or ": 4/4" in said]
+            if ": 1/4" in line and len(points) == 1:
+                stop_server(server.pid)
+            if sum(": 4/4" in said for said in self) == 2 and ": 4/4" in line:
+                server = start_server(tmp_path / "mlflow", "127.0.0.1", port)
+
+    lines = Lines()
+    try:
+        found = sweep(tiny_experiment, server.url, tmp_path, "away", None, lines, methods=BOTH[1:])
+        assert {r.status for r in found.values()} == {"completed"}
+        client = MlflowClient(server.url)
+        for result in found.values():
+            assert attempts(server.url, result) == "1"
+            assert len(client.get_metric_history(result.run_id, "eval/loss")) >= 4
+        assert [p.eval_loss for p in found["lora"].curve] == pytest.approx(
+            [p.eval_loss for p in undisturbed.curve], rel=1e-5
+        )
+    finally:
+        stop_server(server.pid)
+
+
 def test_the_same_sweep_does_not_run_twice_at_once(
     cluster, mlflow_url: str, tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

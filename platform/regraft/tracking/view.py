@@ -25,6 +25,8 @@ COSTS = (
     "cost/trainable_parameters",
     "speed/latency_p95_ms",
 )
+#: What quality is drawn against, one chart each.
+PRICES = ("cost/train_seconds", "speed/latency_p95_ms", "cost/memory_peak_gib")
 PARAMS = ("method", "rank", "learning_rate")
 SECTIONS = ("Leaderboard", "Learning curves")
 
@@ -73,7 +75,7 @@ def _state(quality: list[str]) -> dict[str, Any]:
             showAllRuns=True,
         ),
         _chart("BAR", lead, metricKey=first),
-        *(_scatter(lead, cost, first) for cost in ("cost/train_seconds", "speed/latency_p95_ms")),
+        *(_scatter(lead, cost, first) for cost in PRICES),
         *(_line(curves, metric) for metric in ("train/loss", "eval/loss")),
     ]
     for number, chart in enumerate(charts):

@@ -256,9 +256,12 @@ class _Room:
 
     def __init__(self, experiment: Experiment, sweeps: Callable[[], int]) -> None:
         self._leave, self._sweeps = experiment.sweep.leave, sweeps
+        self._grows = experiment.cluster.autoscales
         self._at, self._have = -math.inf, Demand(0.0, 0.0)
 
     def __call__(self) -> tuple[Demand, int]:
+        if self._grows:
+            return Demand(math.inf, math.inf), 1
         if time.monotonic() - self._at > _LOOKED_EVERY:
             have = ray.cluster_resources()
             self._have = Demand(

@@ -1,0 +1,75 @@
+"""The machine goes down in the middle of a sweep, and comes up again."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import yaml
+from mlflow import MlflowClient
+
+from jobs.workspace import Workspace
+from regraft.tracking.server import start_server, stop_server
+
+COMMAND = [sys.executable, "-c", "from jobs.cli import main; main()", "sweep"]
+
+
+def test_a_sweep_goes_on_after_the_machine_was_restarted(tiny_experiment: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("REGRAFT_WORKSPACE", str(tmp_path / "workspace"))
+    experiment = yaml.safe_load((tiny_experiment / "regraft.yaml").read_text())
+    experiment["sweep"] |= {
+        "methods": [{"name": "zero_shot"}, {"name": "lora", "rank": 2, "learning_rate": 0.002}],
+        "epochs": 200, "evaluations": 20, "checkpoint_seconds": 0.2, "max_concurrent": 1, "ray_train": [],
+    }  # fmt: skip
+    experiment["data"] = {
+        "train": str(tiny_experiment / "data/train.jsonl"),
+        "evaluation": str(tiny_experiment / "data/evaluation.jsonl"),
+    }
+    file = tmp_path / "regraft.yaml"
+    file.write_text(yaml.safe_dump(experiment))
+
+    first = subprocess.Popen(
+        [*COMMAND, str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
+    )
+    assert first.stdout is not None
+    said = []
+    for line in first.stdout:
+        said.append(line)
+        if "lora rank=2 lr=0.002: 5/20" in line:
+            break
+    else:
+        raise AssertionError("".join(said))
+    services = Workspace().services()
+    assert services.mlflow is not None
+    assert services.ray is not None
+    family: list[psutil.Process] = []
+    for pid in (first.pid, services.ray.pid, services.mlflow.pid):
+        process = psutil.Process(pid)
+        family += [process, *process.children(recursive=True)]
+    for process in family:  # as when the power goes: nobody can say good-bye
+        process.kill()
+    psutil.wait_procs(family, timeout=30)
+    first.wait()
+
+    again = subprocess.run(
+        [*COMMAND, "--resume", str(file)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        check=False,
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "found zero_shot: completed, not run again" in again.stdout
+    server = start_server(tmp_path / "workspace/mlflow", "127.0.0.1", 0)
+    try:
+        store = MlflowClient(server.url)
+        (where,) = store.search_experiments(filter_string="name = 'tiny'")
+        (run,) = store.search_runs([where.experiment_id], "params.method = 'lora'")
+        assert (run.info.status, run.data.tags["attempt"]) == ("FINISHED", "2")
+        curve = store.get_metric_history(run.info.run_id, "eval/loss")
+        values = {p.step: {q.value for q in curve if q.step == p.step} for p in curve}
+        assert len(values) == 20
+        assert all(len(found) == 1 for found in values.values()), "what was done again came out otherwise"
+    finally:
+        stop_server(server.pid)
