@@ -1,4 +1,4 @@
-"""The machine goes down in the middle of a sweep, and comes up again."""
+"""The driver is killed in the middle of a sweep, then the machine goes down, and comes up again."""
 
 import subprocess
 import sys
@@ -14,7 +14,23 @@ from regraft.tracking.server import start_server, stop_server
 COMMAND = [sys.executable, "-c", "from jobs.cli import main; main()", "sweep"]
 
 
-def test_a_sweep_goes_on_after_the_machine_was_restarted(tiny_experiment: Path, tmp_path: Path, monkeypatch):
+def until(line: str, file: Path) -> subprocess.Popen[str]:
+    """Start the sweep as a person does, and give its process when it says the line."""
+    driver = subprocess.Popen(
+        [*COMMAND, str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=file.parent
+    )
+    assert driver.stdout is not None
+    said = []
+    for given in driver.stdout:
+        said.append(given)
+        if line in given:
+            return driver
+    raise AssertionError("".join(said))
+
+
+def test_a_sweep_goes_on_after_its_driver_and_then_the_machine_went_down(
+    tiny_experiment: Path, tmp_path: Path, monkeypatch
+):
     monkeypatch.setenv("REGRAFT_WORKSPACE", str(tmp_path / "workspace"))
     experiment = yaml.safe_load((tiny_experiment / "regraft.yaml").read_text())
     experiment["sweep"] |= {
@@ -28,28 +44,23 @@ def test_a_sweep_goes_on_after_the_machine_was_restarted(tiny_experiment: Path, 
     file = tmp_path / "regraft.yaml"
     file.write_text(yaml.safe_dump(experiment))
 
-    first = subprocess.Popen(
-        [*COMMAND, str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
-    )
-    assert first.stdout is not None
-    said = []
-    for line in first.stdout:
-        said.append(line)
-        if "lora rank=2 lr=0.002: 5/20" in line:
-            break
-    else:
-        raise AssertionError("".join(said))
+    driver = until("lora rank=2 lr=0.002: 4/20", file)
+    driver.kill()
+    driver.wait()
     services = Workspace().services()
     assert services.mlflow is not None
-    assert services.ray is not None
+    assert services.ray is not None, "both outlive the driver"
+
+    driver = until("lora rank=2 lr=0.002: 9/20", file)
+    assert Workspace().services() == services
     family: list[psutil.Process] = []
-    for pid in (first.pid, services.ray.pid, services.mlflow.pid):
+    for pid in (driver.pid, services.ray.pid, services.mlflow.pid):
         process = psutil.Process(pid)
         family += [process, *process.children(recursive=True)]
     for process in family:  # as when the power goes: nobody can say good-bye
         process.kill()
     psutil.wait_procs(family, timeout=30)
-    first.wait()
+    driver.wait()
 
     again = subprocess.run(
         [*COMMAND, "--resume", str(file)],
@@ -66,7 +77,7 @@ def test_a_sweep_goes_on_after_the_machine_was_restarted(tiny_experiment: Path, 
         store = MlflowClient(server.url)
         (where,) = store.search_experiments(filter_string="name = 'tiny'")
         (run,) = store.search_runs([where.experiment_id], "params.method = 'lora'")
-        assert (run.info.status, run.data.tags["attempt"]) == ("FINISHED", "2")
+        assert (run.info.status, run.data.tags["attempt"]) == ("FINISHED", "3")
         curve = store.get_metric_history(run.info.run_id, "eval/loss")
         values = {p.step: {q.value for q in curve if q.step == p.step} for p in curve}
         assert len(values) == 20

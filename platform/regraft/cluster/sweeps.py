@@ -62,6 +62,8 @@ def announced(sweep: str, say: Callable[[str], None]) -> Iterator[Callable[[], i
     except (ValueError, ray.exceptions.RayActorError) as error:  # another was quicker
         raise ServiceError(f"the sweep {sweep} runs already", "wait for it, or end it") from error
     counted = _Counted()
+    if others := counted() - 1:
+        say(f"this sweep shares the cluster with {others} other{'s' * (others > 1)}")
     try:
         yield counted
     finally:
