@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.records import EvalReport, ExampleScore, LossPoint, TrialResult
-from regraft.training.trial import Attempt
+from regraft.training.attempt import Attempt
 
 EXAMPLE = Path(__file__).parents[1] / "examples/utility-support"
 POINTS = 3

@@ -45,12 +45,7 @@ def show_leaderboard(board: Leaderboard) -> None:
     for row in board.rows:
         m = row.metrics
         quality = row.quality
-        marks = ["winner"] if row.key == board.winner_key else []
-        marks += ["control"] if row.is_control else []
-        marks += ["Pareto"] if row.on_pareto_front else []
-        marks += [row.status] if row.status != "completed" else []
-        marks += [f"{len(row.seeds)} seeds {min(row.seeds):.3f}–{max(row.seeds):.3f}"] if row.seeds else []
-        marks += [row.reason] if row.reason and row.status != "stopped" else []
+        marks = board.marks(row) + ([row.reason] if row.reason and row.status != "stopped" else [])
         table.add_row(
             str(row.rank or "–"),
             row.label,

@@ -261,6 +261,14 @@ class Leaderboard(Record):
     winner_key: str | None = None
     winner_reason: str = ""
 
+    def marks(self, row: LeaderboardRow) -> list[str]:
+        """What a table says of a row beside its figures, for people."""
+        found = ["winner"] if row.key == self.winner_key else []
+        found += ["control"] if row.is_control else []
+        found += ["Pareto"] if row.on_pareto_front else []
+        found += [f"{len(row.seeds)} seeds {min(row.seeds):.3f} to {max(row.seeds):.3f}"] if row.seeds else []
+        return found + ([row.status] if row.status != "completed" else [])
+
 
 class ModelVersion(Record):
     """A registered, immutable version of a served model."""

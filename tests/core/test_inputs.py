@@ -588,7 +588,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[list[LossPoint], list[Tri
     class Run:
         run_id = "run-1"
         log_curve = staticmethod(curve.extend)
-        finish = staticmethod(results.append)
+
+        @staticmethod
+        def finish(result: TrialResult) -> TrialResult:
+            results.append(result)
+            return result
 
         @staticmethod
         def log_adapter(*_: Any, **__: Any) -> str:
@@ -600,7 +604,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[list[LossPoint], list[Tri
         def start_trial(self, *_: Any, **__: Any) -> Run:
             return Run()
 
-    monkeypatch.setattr(trials, "Tracker", FakeTracker)
+    monkeypatch.setattr(trials, "_tracker", FakeTracker)
     return curve, results
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +13,13 @@ import torch
 
 from regraft.config import EvaluateSection, ModelSection, SweepSection
 from regraft.data.dataset import make_dataset
-from regraft.errors import DataError, InfeasibleTrialError
+from regraft.errors import DataError, InfeasibleTrialError, TrialMemoryError
 from regraft.evals.generation import generate
 from regraft.methods import FewShot, Full, LoRA, ZeroShot, parse_method
 from regraft.methods.base import trainable_parameters
 from regraft.models import load_tokenizer, prompt_ids, resolve
 from regraft.records import Example, LossPoint, Message, TrialResult
+from regraft.training import attempt
 from regraft.training import loop as loops
 from regraft.training import trial as trials
 from regraft.training.batches import IGNORED, Encoded, bucket, collate
@@ -481,8 +483,9 @@ class FakeRun:
         self.files = sorted(p.name for p in folder.rglob("*"))
         return "m-1"
 
-    def finish(self, result: TrialResult) -> None:
-        self.results.append(result)
+    def finish(self, result: TrialResult) -> TrialResult:
+        self.results.append(result.model_copy(update={"run_id": self.run_id}))
+        return self.results[-1]
 
 
 @pytest.fixture
@@ -496,7 +499,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
             started.append(FakeRun())
             return started[-1]
 
-    monkeypatch.setattr(trials, "Tracker", FakeTracker)
+    monkeypatch.setattr(trials, "_tracker", FakeTracker)
     return started
 
 
@@ -583,31 +586,50 @@ def test_examples_share_rows_where_method_and_sweep_let_them(
     assert all((lengths > 0) == bool(packed) for lengths in seen)
 
 
-@pytest.mark.parametrize(
-    ("method", "sweep", "words"),
-    [
-        ({"name": "full", "learning_rate": 1e-2}, {"trial_memory_gib": 0.1}, "memory: "),
-        ({"name": "prompt_tuning", "initial_text": None, "learning_rate": 10}, {"workers_per_trial": 1}, ""),
-    ],
-)
 def test_trial_that_cannot_run_is_recorded_with_its_reason_and_never_raises(
-    tiny_model: Path, runs: list[FakeRun], method: dict[str, Any], sweep: dict[str, Any], words: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    if not words:  # out of memory in the middle of training
-        words = "out of memory: "
-
-        def exhausted(*_: Any, **__: Any) -> Outcome:
-            raise MemoryError("no memory left")
-
-        monkeypatch.setattr(trials, "train", exhausted)
+    tiny_model: Path, runs: list[FakeRun]
+) -> None:
     reports: list[dict[str, Any]] = []
-    run_trial(spec(tiny_model, method, **sweep), DATASET, report=reports.append, bases=BaseCache())
+    full = spec(tiny_model, {"name": "full", "learning_rate": 1e-2}, trial_memory_gib=0.1)
+    run_trial(full, DATASET, report=reports.append, bases=BaseCache())
     (result,) = runs[0].results
     assert result.status == "infeasible"
-    assert result.reason.startswith(words)
+    assert result.reason.startswith("memory: ")
     assert reports[-1]["status"] == "infeasible"
     assert math.isinf(reports[-1]["eval_loss"])
+    assert TrialResult.model_validate_json(reports[-1]["record"]) == result
+
+
+@pytest.mark.parametrize(
+    ("settings", "smaller"),
+    [({"tokens_per_batch": 512}, 256), ({"tokens_per_batch": 64}, 0)],
+)
+def test_trial_whose_memory_runs_out_says_with_what_it_may_fit_and_leaves_the_record_to_who_started_it(
+    tiny_model: Path,
+    runs: list[FakeRun],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, int],
+    smaller: int,
+) -> None:
+    def exhausted(*_: Any, **__: Any) -> Outcome:
+        raise MemoryError("no memory left")
+
+    asked = spec(tiny_model, LORA, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(attempt, "train", exhausted)
+        with pytest.raises(TrialMemoryError, match="out of memory: no memory left") as caught:
+            run_trial(asked, DATASET, report=lambda _: None, bases=BaseCache())
+    assert caught.value.smaller == smaller, "no smaller than the longest row"
+    assert runs[0].results == []
+    travelled = pickle.loads(pickle.dumps(caught.value))
+    assert (travelled.problem, travelled.smaller) == (caught.value.problem, smaller)
+    less = asked.with_less(smaller)
+    assert (less is None) == (smaller == 0)
+    if less is not None:
+        assert less.key == asked.key
+        assert less.with_less(smaller // 2) is None, "it is tried once"
+        run_trial(less, DATASET, report=lambda _: None, bases=BaseCache())
+        assert runs[1].results[0].data["micro_batch_tokens"] == 256
 
 
 def test_trial_stopped_from_outside_has_told_what_it_cost_and_leaves_the_record_to_who_stopped_it(
@@ -635,7 +657,7 @@ def test_failed_trial_is_recorded_with_its_error_and_raised(
     def broken(*_: Any, **__: Any) -> Outcome:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(trials, "train", broken)
+    monkeypatch.setattr(attempt, "train", broken)
     with pytest.raises(ZeroDivisionError):
         run_trial(spec(tiny_model, LORA), DATASET, report=lambda _: None, bases=BaseCache())
     assert [(r.status, r.reason) for r in runs[0].results] == [("failed", "ZeroDivisionError: by zero")]

@@ -17,7 +17,7 @@ from regraft.config import Experiment, SweepSection
 from regraft.data.dataset import load_dataset
 from regraft.errors import ServiceError
 from regraft.records import TrialResult
-from regraft.training.trial import Attempt
+from regraft.training.attempt import Attempt
 
 
 @pytest.fixture(scope="module")

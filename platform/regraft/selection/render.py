@@ -145,26 +145,20 @@ def _method_row(facts: MethodFacts) -> list[str]:
 
 def _trial_table(report: SweepReport) -> Table:
     head = ["trial", "#", report.board.objective, "eval loss", "training s", "memory GiB", "p95 ms", ""]
-    rows = [head]
-    for row in report.board.rows:
-        marks = ["winner"] if row.key == report.board.winner_key else []
-        marks += ["control"] if row.is_control else []
-        marks += ["Pareto"] if row.on_pareto_front else []
-        marks += [f"{len(row.seeds)} seeds {min(row.seeds):.3f} to {max(row.seeds):.3f}"] if row.seeds else []
-        marks += [row.status] if row.status != "completed" else []
-        rows.append(
-            [
-                row.label,
-                str(row.rank or ""),
-                _quality(row),
-                _number(row, "eval_loss", ".3f"),
-                _number(row, "train_seconds", ".0f"),
-                _number(row, "memory_peak_gib", ".2f"),
-                _number(row, "latency_p95_ms", ",.0f"),
-                ", ".join(marks),
-            ]
-        )
-    return rows
+    rows = [
+        [
+            row.label,
+            str(row.rank or ""),
+            _quality(row),
+            _number(row, "eval_loss", ".3f"),
+            _number(row, "train_seconds", ".0f"),
+            _number(row, "memory_peak_gib", ".2f"),
+            _number(row, "latency_p95_ms", ",.0f"),
+            ", ".join(report.board.marks(row)),
+        ]
+        for row in report.board.rows
+    ]
+    return [head, *rows]
 
 
 def _charts(report: SweepReport) -> str:

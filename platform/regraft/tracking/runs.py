@@ -1,23 +1,14 @@
-"""Sweeps, trials, drift checks and decisions as MLflow runs.
-
-Everything goes through `MlflowClient`: the fluent API keeps an active run in the process, which a Ray actor
-that is used for one trial after another would carry over.
-"""
+"""Sweeps, trials, drift checks and decisions as MLflow runs."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Collection, Mapping
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Metric, RunTag
 
-from regraft.errors import ServiceError
 from regraft.records import (
     DatasetVersion,
     DriftReport,
@@ -27,49 +18,23 @@ from regraft.records import (
     TrialResult,
     TrialStatus,
 )
-from regraft.tracking.client import guarded, has_code, log_decision, now_ms, to_json
+from regraft.tracking.client import guarded, log_decision, now_ms, to_json
 from regraft.tracking.leaderboard import markdown
-from regraft.tracking.trials import RESULT_FILE, TAG_CHARACTERS, RunAt, TrialRun, dataset_split_name, end_tags
+from regraft.tracking.results import Results
+from regraft.tracking.trials import RESULT_FILE, TAG_CHARACTERS, RunAt, TrialRun, end_tags
 from regraft.tracking.view import METRICS, VIEW_TAG, view_path, view_value
 
 #: What MLflow calls a run that ended so; FINISHED all others.
 ENDS = {"failed": "FAILED", "cancelled": "KILLED"}
-#: Trials with one of these need not be run again.
-SETTLED = frozenset({"completed", "stopped", "infeasible"})
 
 
-class Tracker:
+class Tracker(Results):
     """One MLflow experiment: the sweeps, trials, drift checks and decisions about one model.
 
     Args:
         uri: URL of the MLflow server.
         experiment: Name of the experiment; made on first use if there is none.
     """
-
-    def __init__(self, uri: str, experiment: str) -> None:
-        self.uri = uri.rstrip("/")
-        self.experiment = experiment
-        self._client = MlflowClient(self.uri)
-
-    @cached_property
-    def experiment_id(self) -> str:
-        """The id of the experiment."""
-        found = self._client.get_experiment_by_name(self.experiment)
-        if found is None:
-            try:
-                # Without the kind, MLflow opens the experiment on its pages for traces.
-                kind = {"mlflow.experimentKind": "custom_model_development"}
-                return str(self._client.create_experiment(self.experiment, tags=kind))
-            except MlflowException as error:
-                if not has_code(error, "RESOURCE_ALREADY_EXISTS"):
-                    raise
-                found = self._client.get_experiment_by_name(self.experiment)  # another trial was first
-        if found.lifecycle_stage == "deleted":
-            raise ServiceError(
-                f"the MLflow experiment {self.experiment!r} is deleted",
-                f"restore it: mlflow experiments restore --experiment-id {found.experiment_id}",
-            )
-        return str(found.experiment_id)
 
     @guarded
     def start_sweep(self, sweep_id: str, *, params: dict[str, Any], dataset: DatasetVersion) -> str:
@@ -211,71 +176,6 @@ class Tracker:
                 )
 
     @guarded
-    def find_trial(self, key: str) -> TrialResult | None:
-        """The newest settled result of the same work in any sweep of this experiment, if there is one."""
-        for run in self._search({"role": "trial", "trial_key": key}):
-            if (result := self._settled(run)) is not None:
-                return result
-        return None
-
-    @guarded
-    def finished_trials(self) -> FinishedTrials:
-        """All settled trials of this experiment by key: asked for once, however many a sweep has."""
-        runs: dict[str, list[Run]] = {}
-        for run in self._search({"role": "trial"}):
-            if _is_settled(run):
-                runs.setdefault(run.data.tags.get("trial_key", ""), []).append(run)
-        return FinishedTrials(self, runs)
-
-    @guarded
-    def results_on(self, dataset_id: str) -> list[TrialResult]:
-        """Settled results on a dataset version, of all sweeps, oldest first; of the same work the newest."""
-        found: dict[str, TrialResult] = {}
-        for run in self._search({"role": "trial", "dataset": dataset_id}):
-            result = self._settled(run)
-            if result is not None:
-                found.setdefault(result.key, result)
-        return list(found.values())[::-1]
-
-    @guarded
-    def results_in(self, sweep_id: str, keys: Collection[str]) -> dict[str, TrialResult]:
-        """Records of a sweep's own trials by key, whatever became of them; those without one are left out."""
-        found: dict[str, TrialResult] = {}
-        for run in self._search({"role": "trial", "sweep": sweep_id}) if keys else ():
-            if run.data.tags.get("trial_key") not in keys:
-                continue
-            result = self._record(run.info.run_id) if run.info.status != "RUNNING" else None
-            if result is not None:
-                found.setdefault(result.key, result)
-        return found
-
-    def _settled(self, run: Run) -> TrialResult | None:
-        """The record of a run that came to an end for good."""
-        # One that was killed from outside may be tagged as stopped and have no record of its own.
-        result = self._record(run.info.run_id) if _is_settled(run) else None
-        return result if result is not None and result.status in SETTLED else None
-
-    def _record(self, run_id: str) -> TrialResult | None:
-        """The record that a trial's run holds, if it holds one."""
-        if RESULT_FILE not in {f.path for f in self._client.list_artifacts(run_id)}:
-            return None
-        return TrialResult.model_validate(self._read_json(run_id, RESULT_FILE))
-
-    @guarded
-    def result_of(self, run_id: str) -> TrialResult:
-        """The record of one trial's run.
-
-        Raises:
-            ServiceError: If there is no such run, or it has no record: it runs still, or is no trial's.
-        """
-        result = self._record(run_id)
-        if result is None:
-            raise ServiceError(
-                f"the run {run_id} has no record of a trial", "name a trial's run that has ended, by its id"
-            )
-        return result
-
-    @guarded
     def log_report(self, run_id: str, *, html: str, text: str) -> None:
         """Keep a sweep's report with its run, as a page and as Markdown."""
         self._client.log_text(run_id, html, "report.html")
@@ -327,83 +227,3 @@ class Tracker:
         """
         self._client.set_experiment_tag(self.experiment_id, VIEW_TAG, view_value(metrics or METRICS))
         return self.uri + view_path(self.experiment_id)
-
-    def _search(self, tags: dict[str, str], *more: str) -> list[Run]:
-        """Runs with all of these tags, and for which more holds, the newest first."""
-        wanted = " AND ".join([*(f"tags.{key} = '{value}'" for key, value in tags.items()), *more])
-        found, token = [], None
-        while True:
-            page = self._client.search_runs(
-                [self.experiment_id], wanted, order_by=["attributes.start_time DESC"], page_token=token
-            )
-            found += list(page)
-            if not (token := page.token):
-                return found
-
-    def _resume(
-        self, tags: dict[str, str], *, name: str, more: dict[str, str] | None = None, counted: str = ""
-    ) -> Run:
-        """The run with these tags, set running; made if there is none.
-
-        Args:
-            tags: What it is found by.
-            name: Its name, if it is made.
-            more: Tags that it gets in any case.
-            counted: A tag that counts how often this was done.
-        """
-        found = self._search(tags)
-        more = (more or {}) | {"status": "running"}
-        if counted:
-            before = found[0].data.tags.get(counted, "0") if found else "0"
-            more[counted] = str(int(before) + 1)
-        if not found:
-            return self._client.create_run(self.experiment_id, run_name=name, tags=tags | more)
-        run = found[0]
-        self._client.update_run(run.info.run_id, status="RUNNING")
-        self._client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in more.items()])
-        return run
-
-    def _describe(self, run: Run, params: dict[str, Any], dataset: DatasetVersion) -> None:
-        """Log parameters and datasets, less what an earlier attempt has logged: MLflow refuses changes."""
-        new = [Param(key, str(value)) for key, value in params.items() if key not in run.data.params]
-        self._client.log_batch(run.info.run_id, params=new)
-        if not run.inputs.dataset_inputs:
-            inputs = [_dataset_input(dataset, split) for split in dataset.splits]
-            self._client.log_inputs(run.info.run_id, inputs)
-
-    def _read_json(self, run_id: str, name: str) -> Any:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(self._client.download_artifacts(run_id, name, folder))
-            return json.loads(path.read_text(encoding="utf-8"))
-
-
-class FinishedTrials:
-    """Settled trials by key, as they stood when asked for; records are read when they are wanted."""
-
-    def __init__(self, tracker: Tracker, runs: dict[str, list[Run]]) -> None:
-        self._tracker, self._runs = tracker, runs
-
-    def get(self, key: str) -> TrialResult | None:
-        """The newest result of the work, if there is one."""
-        for run in self._runs.get(key, ()):
-            if (result := self._tracker._settled(run)) is not None:
-                return result
-        return None
-
-
-def _is_settled(run: Run) -> bool:
-    return run.info.status != "RUNNING" and run.data.tags.get("status") in SETTLED
-
-
-def _dataset_input(dataset: DatasetVersion, split: str) -> DatasetInput:
-    examples = dataset.splits[split]
-    return DatasetInput(
-        Dataset(
-            name=dataset_split_name(dataset.name, split),
-            digest=dataset.id,
-            source_type="local",
-            source=json.dumps({"uri": dataset.sources.get(split, "")}),
-            profile=json.dumps({"num_rows": len(examples)}),
-        ),
-        [InputTag("mlflow.data.context", "training" if split == "train" else "eval")],
-    )

@@ -27,11 +27,12 @@ from regraft.methods import Method, parse_method
 from regraft.models import ResolvedModel, resolve
 from regraft.records import DatasetVersion, TrialResult, content_hash
 from regraft.tracking.runs import Tracker
+from regraft.training.attempt import Attempt
 from regraft.training.candidate import BaseCache
 from regraft.training.preflight import Batching, seconds
 from regraft.training.ray_trainer import survive_memory_kills
 from regraft.training.spec import TrialSpec
-from regraft.training.trial import Attempt, run_trial
+from regraft.training.trial import run_trial
 from regraft.tuning.adapters import ByRule, Progress, Proposals, Say, WithinBudget
 from regraft.tuning.budget import Demand, Ledger, Spent
 from regraft.tuning.conductor import Conductor
