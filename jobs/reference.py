@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from regraft.config import Constraint, Experiment, SweepSection
-from regraft.evals import AnyMetric
+from regraft.evals import METRIC_CLASSES, AnyMetric, Metric
 from regraft.methods import METHOD_CLASSES
 
 _INTRO = """# Configuration
@@ -25,6 +25,38 @@ One YAML describes an experiment. Unknown keys are errors, and `regraft check PA
 without starting anything. Relative paths are taken from the folder of the YAML. `regraft schema` prints the
 JSON schema for editors.
 """
+_METRICS = """## Metrics
+
+Entries of `evaluate.metrics`; the names they give are what `select` uses. A metric that fails on an example
+is a recorded failure with its reason, and that example does not count in its mean.
+"""
+
+_OWN_METRICS = """### `module:Class`
+
+A metric of your own: a subclass of `regraft.evals.Metric` that says what it gives and scores an answer,
+named by its path, with its own fields beside. The module has to be importable wherever trials run: from
+`PYTHONPATH`, or from the folder that a job travels with.
+
+```python
+from typing import ClassVar
+
+from regraft.evals import Answer, Metric, Output
+
+
+class Polite(Metric):
+    outputs: ClassVar = (Output("polite"),)
+    words: tuple[str, ...] = ("please", "thank")
+
+    def score(self, answer: Answer) -> dict[str, float]:
+        return {"polite": float(any(word in answer.output.lower() for word in self.words))}
+```
+
+```yaml
+evaluate:
+  metrics: [{name: rouge}, {name: "my_metrics:Polite", words: [danke, bitte]}]
+```
+"""
+
 _METHODS = """## Methods
 
 An entry of `sweep.methods` names a method and sets its fields. Any field may be a value, a list (a grid), or
@@ -78,11 +110,22 @@ def markdown() -> str:
     parts.append(_METHODS)
     parts.append(_support())
     parts += [_variant(method) for method in METHOD_CLASSES]
-    parts.append("## Metrics\n\nEntries of `evaluate.metrics`; the names they give are what `select` uses.\n")
-    for metric in get_args(get_args(AnyMetric)[0]):
-        gives = ", ".join(f"`{name}`" for name in metric.outputs)
-        parts.append(f"- `{metric.model_fields['name'].default}` gives {gives}. {_first_line(metric)}")
+    parts.append(_METRICS)
+    parts += [_metric(metric) for metric in METRIC_CLASSES]
+    parts.append(_OWN_METRICS)
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _metric(metric: type[Metric]) -> str:
+    """A metric with its settings, its version, and each of its figures with unit and direction."""
+    doc = " ".join((metric.__doc__ or "").split())
+    words = {"higher": "higher is better", "lower": "lower is better", "": "neither is better"}
+    gives = "; ".join(f"`{out.name}` ({out.unit}, {words[out.better]})" for out in metric.outputs)
+    gives += "".join(f"; over a whole set `{out.name}` ({words[out.better]})" for out in metric.wholes)
+    title = (
+        f"### `{metric.model_fields['name'].default}`\n\n{doc}\n\nVersion {metric.version}. Gives {gives}.\n"
+    )
+    return title + (f"\n{_table(metric, skip=('name',))}" if len(metric.model_fields) > 1 else "")
 
 
 def _support() -> str:

@@ -74,11 +74,13 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _known_metrics(self) -> Experiment:
-        names = {key for metric in self.evaluate.metrics for key in metric.outputs}
-        if self.select.maximise not in names:
-            raise ValueError(
-                f"select.maximise: is {self.select.maximise!r}, but evaluate.metrics gives {sorted(names)}"
-            )
+        outputs = {out.name: out for metric in self.evaluate.metrics for out in metric.outputs}
+        names, aim = set(outputs), self.select.maximise
+        if aim not in names:
+            raise ValueError(f"select.maximise: is {aim!r}, but evaluate.metrics gives {sorted(names)}")
+        if outputs[aim].better != "higher":
+            raise ValueError(f"select.maximise: of {aim!r} more is not better; bound it in select.subject_to")
+        names |= {out.name for metric in self.evaluate.metrics for out in metric.wholes}
         figures = names | {"eval_loss"} | set(Cost.model_fields) | set(Speed.model_fields) - {"how"}
         used = {f"select.subject_to.{i}": c.metric for i, c in enumerate(self.select.subject_to)}
         for aim in ("minimise", "maximise"):

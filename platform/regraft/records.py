@@ -120,6 +120,7 @@ class EvalReport(Record):
     split: str
     metric_versions: dict[str, int]
     examples: tuple[ExampleScore, ...]
+    whole: dict[str, float] = {}
 
     def mean(self, metric: str) -> float:
         """Mean of a metric over the examples on which it did not fail.
@@ -211,7 +212,7 @@ class TrialResult(Record):
     @property
     def figures(self) -> dict[str, float]:
         """All figures by the names that constraints and searches use."""
-        found = dict(self.report.means) if self.report else {}
+        found = self.report.means | self.report.whole if self.report else {}
         if self.eval_loss is not None:
             found["eval_loss"] = self.eval_loss
         found |= {k: float(v) for k, v in self.cost.model_dump().items()}

@@ -1,20 +1,52 @@
 """Metrics: one file each; the union below is the registry. `evaluate.py` runs them.
 
-To add a metric, write one file with a subclass of `Metric` and add it to `AnyMetric`.
+To add a metric, write one file with a subclass of `Metric` and add it to `METRIC_CLASSES`; or keep it to
+yourself and name it by its path, `module:Class`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Tag
 
-from regraft.evals.base import Metric
+from regraft.evals.base import Answer, Metric, Output
+from regraft.evals.custom import Custom
 from regraft.evals.exact_match import ExactMatch
+from regraft.evals.form import Form
+from regraft.evals.grounding import Grounding
+from regraft.evals.json_output import JsonOutput
+from regraft.evals.label import Label
+from regraft.evals.ngrams import Ngrams
+from regraft.evals.pii import Pii
+from regraft.evals.refusal import Refusal
 from regraft.evals.rouge import Rouge
 from regraft.evals.token_f1 import TokenF1
 
-AnyMetric = Annotated[Rouge | ExactMatch | TokenF1, Field(discriminator="name")]
+
+def _kind(value: Any) -> str:
+    """The name of a metric; `module:Class` for one of the user's own."""
+    name = str(value.get("name") if isinstance(value, dict) else getattr(value, "name", None))
+    return "module:Class" if ":" in name else name
+
+
+AnyMetric = Annotated[
+    Annotated[Rouge, Tag("rouge")]
+    | Annotated[ExactMatch, Tag("exact_match")]
+    | Annotated[TokenF1, Tag("token_f1")]
+    | Annotated[Ngrams, Tag("ngrams")]
+    | Annotated[Label, Tag("label")]
+    | Annotated[JsonOutput, Tag("json")]
+    | Annotated[Form, Tag("form")]
+    | Annotated[Refusal, Tag("refusal")]
+    | Annotated[Grounding, Tag("grounding")]
+    | Annotated[Pii, Tag("pii")]
+    | Annotated[Custom, Tag("module:Class")],
+    Discriminator(_kind),
+]
+METRIC_CLASSES: tuple[type[Metric], ...] = (
+    Rouge, ExactMatch, TokenF1, Ngrams, Label, JsonOutput, Form, Refusal, Grounding, Pii
+)  # fmt: skip
 
 
 def default_metrics() -> tuple[AnyMetric, ...]:
@@ -22,4 +54,4 @@ def default_metrics() -> tuple[AnyMetric, ...]:
     return (Rouge(), ExactMatch(), TokenF1())
 
 
-__all__ = ["AnyMetric", "ExactMatch", "Metric", "Rouge", "TokenF1", "default_metrics"]
+__all__ = ["METRIC_CLASSES", "Answer", "AnyMetric", "Metric", "Output", "default_metrics"]

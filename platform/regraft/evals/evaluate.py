@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from regraft.evals import Metric
+from regraft.evals import Answer, Metric
 from regraft.records import EvalReport, Example, ExampleScore
 
 
@@ -27,13 +27,15 @@ def evaluate(
     """
     scored = []
     for example, output in zip(examples, outputs, strict=True):
+        said = "\n".join(message.content for message in example.prompt)
+        answer = Answer(output, example.reference, said, example.tags)
         scores: dict[str, float] = {}
         failures: dict[str, str] = {}
         for metric in metrics:
             try:
-                scores |= metric.score(output, example.reference)
+                scores |= metric.score(answer)
             except Exception as error:  # a metric may be anybody's code: its failure is a value
-                failures |= {key: f"{type(error).__name__}: {error}" for key in metric.outputs}
+                failures |= {out.name: f"{type(error).__name__}: {error}" for out in metric.outputs}
         scored.append(
             ExampleScore(
                 example_id=example.id,
@@ -45,5 +47,16 @@ def evaluate(
                 tags=example.tags,
             )
         )
-    versions = {metric.name: metric.version for metric in metrics}
-    return EvalReport(dataset_id=dataset_id, split=split, metric_versions=versions, examples=tuple(scored))
+    return EvalReport(
+        dataset_id=dataset_id,
+        split=split,
+        metric_versions={metric.name: metric.version for metric in metrics},
+        examples=tuple(scored),
+        whole=whole_figures(scored, metrics),
+    )
+
+
+def whole_figures(scored: Sequence[ExampleScore], metrics: Sequence[Metric]) -> dict[str, float]:
+    """The figures that only all of the answers together have."""
+    answers = [Answer(e.output, e.reference, e.prompt, e.tags) for e in scored]
+    return {name: value for metric in metrics for name, value in metric.whole(answers).items()}

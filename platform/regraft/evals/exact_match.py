@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import ClassVar, Literal
 
-from regraft.evals.base import Metric
+from regraft.evals.base import Answer, Metric, Output
 
 
 def normalise(text: str) -> list[str]:
@@ -17,10 +17,10 @@ def normalise(text: str) -> list[str]:
 class ExactMatch(Metric):
     """1 where answer and reference are the same words in the same order, else 0."""
 
-    outputs: ClassVar[tuple[str, ...]] = ("exact_match",)
+    outputs: ClassVar[tuple[Output, ...]] = (Output("exact_match"),)
 
     name: Literal["exact_match"] = "exact_match"
 
-    def score(self, output: str, reference: str) -> dict[str, float]:
+    def score(self, answer: Answer) -> dict[str, float]:
         """Compare the normalised words."""
-        return {"exact_match": float(normalise(output) == normalise(reference))}
+        return {"exact_match": float(normalise(answer.output) == normalise(answer.reference))}

@@ -5,24 +5,24 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, ClassVar, Literal
 
-from regraft.evals.base import Metric
+from regraft.evals.base import Answer, Metric, Output
 
 
 class Rouge(Metric):
-    """F-measures with stemming, 0 to 1."""
+    """F-measures with stemming: overlap of words, of pairs of words, of the longest common subsequence."""
 
-    outputs: ClassVar[tuple[str, ...]] = ("rouge1", "rouge2", "rougeL")
+    outputs: ClassVar[tuple[Output, ...]] = (Output("rouge1"), Output("rouge2"), Output("rougeL"))
 
     name: Literal["rouge"] = "rouge"
 
-    def score(self, output: str, reference: str) -> dict[str, float]:
-        """Score by the overlap of unigrams, of bigrams and of the longest common subsequence."""
-        found = _scorer().score(reference, output)
-        return {key: float(found[key].fmeasure) for key in self.outputs}
+    def score(self, answer: Answer) -> dict[str, float]:
+        """Compare with the reference."""
+        found = _scorer().score(answer.reference, answer.output)
+        return {output.name: float(found[output.name].fmeasure) for output in self.outputs}
 
 
 @cache
 def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(list(Rouge.outputs), use_stemmer=True)
+    return RougeScorer([output.name for output in Rouge.outputs], use_stemmer=True)

@@ -221,7 +221,8 @@ class TrialRun:
     def _metrics(self, result: TrialResult) -> list[Metric]:
         now, step = now_ms(), self._last_step
         quality = {
-            f"eval/{name}": value for name, value in (result.report.means if result.report else {}).items()
+            f"eval/{name}": value
+            for name, value in (result.report.means | result.report.whole if result.report else {}).items()
         }
         if result.eval_loss is not None:
             quality["eval/loss"] = result.eval_loss
