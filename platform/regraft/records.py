@@ -293,7 +293,8 @@ class Comparison(Record):
     """A paired comparison of two candidates over the same examples.
 
     `difference` is challenger minus incumbent of the mean score, `low` and `high` bound it at `level`;
-    `p_value` is one-sided: how often resampling gives a difference of zero or less.
+    `p_value` is one-sided, of a permutation test: how often a difference this high or higher comes about
+    where neither is better.
     """
 
     metric: str

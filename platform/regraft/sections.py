@@ -257,7 +257,13 @@ class SelectSection(Section):
 
     maximise: str = "rougeL"
     subject_to: tuple[Constraint, ...] = ()
-    confidence: float = Field(0.95, gt=0.5, lt=1)
+    confidence: float = Field(
+        0.95,
+        gt=0.5,
+        lt=1,
+        description="Coverage of intervals. Of challengers that are no better the gate promotes at most what "
+        "is missing of 1.",
+    )
     resamples: int = Field(2000, ge=200)
     regression_margin: float = Field(
         0.02,

@@ -4,13 +4,14 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from regraft.config import Constraint
 from regraft.records import Cost, EvalReport, ExampleScore, Leaderboard, PromotionDecision, Speed, TrialResult
 from regraft.selection.gate import judge
 from regraft.selection.rank import rank
-from regraft.selection.resampling import mean_interval, paired_comparison
+from regraft.selection.resampling import mean_interval, paired_comparison, sign_flip_p_value
 
 
 def report(scores: Sequence[float], sets: Sequence[str] = (), version: int = 1, first: int = 0) -> EvalReport:
@@ -288,3 +289,38 @@ def test_a_repeat_that_failed_is_shown_and_does_not_count() -> None:
         ("again", None, "died"),
     ]
     assert found.rows[0].seeds == ()
+
+
+def test_the_p_value_of_few_examples_is_counted_out() -> None:
+    # Of the eight ways to turn three signs, one has a sum as high as all three ahead, and four of them a sum
+    # of at least that of two ahead and one behind.
+    all_ahead = sign_flip_p_value(np.array([0.2, 0.2, 0.2]), 20000)
+    assert all_ahead == pytest.approx(1 / 8, abs=0.01)
+    assert sign_flip_p_value(np.array([0.2, 0.2, -0.2]), 20000) == pytest.approx(4 / 8, abs=0.01)
+    assert sign_flip_p_value(np.zeros(5), 100) == 1.0
+
+
+def test_hardly_more_are_promoted_without_a_difference_than_the_level_allows_even_of_few_examples() -> None:
+    rng = random.Random(3)
+    promoted = 0
+    for _ in range(200):
+        # Mostly no difference, now and then a large one: what a bootstrap of few examples takes for evidence.
+        before = [0.5] * 12
+        after = [b + (rng.choice((-0.4, 0.4)) if rng.random() < 0.4 else 0.0) for b in before]
+        promoted += verdict(report(after), report(before)).outcome == "promote"
+    assert promoted <= 200 * 0.05 + 3.5 * (200 * 0.05 * 0.95) ** 0.5
+
+
+def test_the_advised_number_of_examples_finds_the_effect_most_of_the_time() -> None:
+    rng = random.Random(5)
+    # Differences of 0.03 on average, with a standard deviation of 0.2: (1.645 + 0.842) * 0.2 / 0.03, squared.
+    few = [0.03 + 0.2 * z for z in (-1.0, 1.0) * 30]
+    decision = verdict(report([0.5 + d for d in few]), report([0.5] * 60))
+    assert decision.outcome == "inconclusive"
+    needed = int(decision.reason.split("about ")[1].split()[0])
+    assert 275 * 0.9 < needed < 275 * 1.1
+    found = 0
+    for _ in range(60):
+        challenger = report([0.5 + rng.gauss(0.03, 0.2) for _ in range(needed)])
+        found += verdict(challenger, report([0.5] * needed)).outcome == "promote"
+    assert 36 <= found <= 58  # 48 expected, with an error of 3.1

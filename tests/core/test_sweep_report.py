@@ -187,3 +187,35 @@ def test_learning_curves_are_drawn_of_all_that_have_one_the_stopped_too() -> Non
     reader = Reader()
     reader.feed(text)
     assert reader.open == []
+
+
+def test_the_winners_weak_kinds_of_examples_are_named_and_chance_ones_are_not() -> None:
+    intents = ("billing", "outage", "moving", "rare")
+
+    def tagged(scores: list[float]) -> EvalReport:
+        examples = [
+            e.model_copy(
+                update={
+                    "tags": {
+                        "intent": "rare" if i < 3 else intents[i % 3],
+                        "id": str(i),  # a value each: no kind of example
+                        "set": "evaluation",  # all the same
+                    }
+                }
+            )
+            for i, e in enumerate(trial("lora", scores).report.examples)  # type: ignore[union-attr]
+        ]
+        return EvalReport(dataset_id="d", split="e", metric_versions={}, examples=tuple(examples))
+
+    even = [0.5 + 0.1 * ((i * 7) % 5 - 2) for i in range(60)]
+    weak = [s - (0.3 if i >= 3 and intents[i % 3] == "outage" else 0) for i, s in enumerate(even)]
+    found = made([trial("zero_shot", noisy(0.1), 0.0), trial("lora", weak, report=tagged(weak))])
+    first, *others = [(s.field, s.value, s.examples, s.weak) for s in found.slices]
+    assert first == ("intent", "outage", 19, True)
+    assert sorted(others) == [("intent", "billing", 19, False), ("intent", "moving", 19, False)]
+    assert "It is weak, by rougeL, at intent outage" in found.recommendation
+    assert "Where the winner is weakest" in markdown(found)
+    assert "outage" in page(found)
+    calm = made([trial("zero_shot", noisy(0.1), 0.0), trial("lora", even, report=tagged(even))])
+    assert not any(s.weak for s in calm.slices)
+    assert "weak" not in calm.recommendation

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 from regraft.records import Comparison, EvalReport, PromotionDecision, content_hash
 from regraft.selection.resampling import paired_comparison
+
+#: How likely an effect is to be found with the number of examples that is advised.
+_POWER = 0.8
 
 
 def judge(
@@ -22,8 +26,9 @@ def judge(
 ) -> PromotionDecision:
     """Judge a challenger against who is there: the champion, or the untuned base before there is one.
 
-    It is promoted if, over all evaluation examples together, the lower bound of its paired advantage is
-    above zero, and on no single evaluation set it loses more than `margin`.
+    It is promoted if its advantage over all evaluation examples together is significant, by a paired
+    permutation test whose p-value is at most 1 - `level`, and on no single evaluation set it loses more than
+    `margin`. So of challengers that are no better at most that share is promoted.
 
     Args:
         challenger: Its scores on the union of the evaluation sets, tagged by set.
@@ -32,7 +37,7 @@ def judge(
         incumbent_name: For the record.
         objective: The metric that decides; higher is better.
         margin: How much may be lost on any one set, in the metric's unit.
-        level: Coverage of the intervals.
+        level: Coverage of the intervals; what is missing of 1 is the level of the test.
         resamples: Bootstrap samples.
     """
 
@@ -53,11 +58,12 @@ def judge(
                 for c in worse
             ),
         )
-    elif overall.low > 0:
+    elif overall.p_value <= 1 - level + 1e-12:
         outcome = "promote"
         reason = (
             f"{objective} {overall.incumbent_mean:.3f} → {overall.challenger_mean:.3f} "
-            f"over {overall.examples} examples, by {overall.low:+.3f} to {overall.high:+.3f} at {level:.0%}"
+            f"over {overall.examples} examples, by {overall.low:+.3f} to {overall.high:+.3f} at {level:.0%} "
+            f"(p = {overall.p_value:.2g})"
         )
     elif overall.high < 0:
         outcome, reason = (
@@ -68,7 +74,8 @@ def judge(
         outcome = "inconclusive"
         reason = (
             f"the advantage of {overall.difference:+.3f} {objective} lies within noise "
-            f"({overall.low:+.3f} to {overall.high:+.3f}); {_examples_to_settle(overall)}"
+            f"({overall.low:+.3f} to {overall.high:+.3f}, p = {overall.p_value:.2g}); "
+            f"{_examples_to_settle(overall)}"
         )
     return PromotionDecision.model_validate(
         {
@@ -83,12 +90,18 @@ def judge(
 
 
 def _examples_to_settle(comparison: Comparison) -> str:
-    """How many examples an effect of this size would need: the interval shrinks with their square root."""
+    """How many examples an effect of this size would need to be found four times in five.
+
+    Of a normal mean (Lachin, 1981): as many as make the effect as many standard errors as the one-sided level
+    and the power ask for together.
+    """
     if comparison.difference <= 0:
         return "more examples would hardly make it a win"
-    half = (comparison.high - comparison.low) / 2
-    needed = math.ceil(comparison.examples * (half / comparison.difference) ** 2)
-    return f"about {needed} examples would settle an effect of that size"
+    normal = NormalDist()
+    error = (comparison.high - comparison.low) / 2 / normal.inv_cdf((1 + comparison.level) / 2)
+    wanted = normal.inv_cdf(comparison.level) + normal.inv_cdf(_POWER)
+    needed = math.ceil(comparison.examples * (wanted * error / comparison.difference) ** 2)
+    return f"about {needed} examples would settle an effect of that size four times in five"
 
 
 def _decision_id(challenger: str, incumbent: str, evidence: Sequence[Comparison]) -> str:

@@ -13,6 +13,8 @@ _PRICES = {
     "memory_peak_gib": "peak memory, GiB",
     "latency_p95_ms": "answer p95, ms",
 }
+#: So many of the worst slices are shown.
+_SLICES = 12
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2a78d6; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
@@ -109,6 +111,21 @@ def _tables(report: SweepReport) -> list[tuple[str, str, Table]]:
         ]
         head = ["trial", board.objective, "against the winner", "training s"]
         sections.append(("Within noise of the winner", "", [head, *rows]))
+    if report.slices:
+        head = ["examples of", "", "", board.objective, "all others", ""]
+        rows = [
+            [
+                s.field, s.value, str(s.examples),
+                f"{s.quality.mean:.3f} ({s.quality.low:.3f} to {s.quality.high:.3f})",
+                f"{s.others:.3f}", "weak" if s.weak else "",
+            ]
+            for s in report.slices[:_SLICES]
+        ]  # fmt: skip
+        words = (
+            "The winner's worst kinds of examples. Weak are those below all others by more than luck, given "
+            f"that {len(report.slices)} were looked at."
+        )
+        sections.append(("Where the winner is weakest", words, [head, *rows]))
     if report.unfinished:
         rows = [[r.label, r.status, r.reason] for r in report.unfinished]
         sections.append(("What did not come through", "", [["trial", "", "reason"], *rows]))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from regraft.records import Comparison, Leaderboard, LeaderboardRow, TrialResult
 from regraft.selection.resampling import paired_comparison
+from regraft.selection.slices import Slice, in_words, slices
 
 #: The paired comparison of two rows, where both have scores.
 Compare = Callable[[LeaderboardRow | None, LeaderboardRow | None], Comparison | None]
@@ -61,6 +62,7 @@ class SweepReport(NamedTuple):
     left_out: tuple[str, ...]
     samples: tuple[Sample, ...]
     curves: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
+    slices: tuple[Slice, ...]
     recommendation: str
 
 
@@ -123,9 +125,18 @@ def report_on(
             board.objective,
         ),
         curves=_curves(board, results),
+        slices=_slices(winner, results, board.objective, level, resamples),
         recommendation="",
     )
     return report._replace(recommendation=_recommend(report, winner, compare(winner, control)))
+
+
+def _slices(
+    winner: LeaderboardRow | None, results: dict[str, TrialResult], metric: str, level: float, resamples: int
+) -> tuple[Slice, ...]:
+    """Where the winner is weak."""
+    report = results[winner.key].report if winner else None
+    return slices(report, metric, level=level, resamples=resamples) if report else ()
 
 
 def _facts(
@@ -238,6 +249,8 @@ def _recommend(report: SweepReport, winner: LeaderboardRow | None, gain: Compari
         names = ", ".join(row.label for row, _ in report.near[:3])
         more = f" and {len(report.near) - 3} more" if len(report.near) > 3 else ""
         words.append(f"Within noise of it, but not much cheaper: {names}{more}.")
+    if weak := in_words(report.slices, objective):
+        words.append(weak)
     if report.left_out:
         words.append(f"Left out by the budget: {len(report.left_out)}.")
     return " ".join(words)
