@@ -151,14 +151,15 @@ def test_a_trial_that_hangs_is_ended_and_says_where(
     cluster, mlflow_url: str, tiny_experiment: Path, tmp_path: Path, undisturbed: TrialResult
 ):
     lines: list[str] = []
+    lora = [{"name": "lora", "rank": 2, "learning_rate": 0.01}, BOTH[0]]
     found = sweep(
-        tiny_experiment, mlflow_url, tmp_path, "hangs", Hangs, lines, methods=BOTH, hang_minutes=0.1
+        tiny_experiment, mlflow_url, tmp_path, "hangs", Hangs, lines, methods=lora, hang_minutes=0.1
     )
     assert found["zero_shot"].status == found["lora"].status == "completed"
-    assert any("no progress for 0.1 minutes" in line and "last checkpoint" in line for line in lines), lines
-    assert found["rslora"].status == "failed"
-    assert found["rslora"].reason.startswith("no progress for 0.1 minutes, last in ")
-    assert attempts(mlflow_url, found["lora"]) == attempts(mlflow_url, found["rslora"]) == "2"
+    (line,) = (line for line in lines if line.startswith("lost "))
+    assert "lr=0.01: no progress for 0.1 minutes, last in " in line
+    assert line.endswith("; again, from its last checkpoint")
+    assert attempts(mlflow_url, found["lora"]) == "2"
     assert found["lora"].eval_loss == pytest.approx(undisturbed.eval_loss, rel=1e-5)
 
 
@@ -218,7 +219,8 @@ def test_a_sweep_goes_on_while_mlflow_is_away_and_loses_nothing(
         client = MlflowClient(server.url)
         for result in found.values():
             assert attempts(server.url, result) == "1"
-            assert len(client.get_metric_history(result.run_id, "eval/loss")) >= 4
+            curve = client.get_metric_history(result.run_id, "eval/loss")
+            assert len({point.step for point in curve}) == 4
         assert [p.eval_loss for p in found["lora"].curve] == pytest.approx(
             [p.eval_loss for p in undisturbed.curve], rel=1e-5
         )
