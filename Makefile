@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test check browser clean
+.PHONY: help quickstart test test-slow check browser clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   install into .venv and run the whole loop on the bundled example (minutes)"
 	@echo "make test         install what the tests need and run them"
+	@echo "make test-slow    those that take long: machines that go down, memory that runs out (four minutes)"
 	@echo "make check        format, lint, types and import rules"
 	@echo "make clean        remove .venv and caches; .regraft/ (your runs) stays"
 
@@ -42,7 +43,10 @@ browser:
 
 test: $(VENV)/.installed-test browser
 	@echo "── running the tests"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

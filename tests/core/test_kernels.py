@@ -183,6 +183,7 @@ def test_norm_that_only_bears_the_name_is_left_alone() -> None:
         assert "forward" not in vars(norm)
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_what_the_others_do_and_are_plain_again(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 import yaml
 from mlflow import MlflowClient
 
@@ -28,6 +29,7 @@ def until(line: str, file: Path) -> subprocess.Popen[str]:
     raise AssertionError("".join(said))
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_its_driver_and_then_the_machine_went_down(
     tiny_experiment: Path, tmp_path: Path, monkeypatch
 ):

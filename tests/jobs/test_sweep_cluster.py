@@ -275,6 +275,7 @@ def fragile(config):
         train_worker(config)
 
 
+@pytest.mark.slow
 def test_a_trial_that_loses_a_worker_and_then_a_node_comes_to_the_end_it_would_have_had(
     two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -147,6 +147,7 @@ class Hangs(Attempt):
             lock.acquire()
 
 
+@pytest.mark.slow
 def test_a_trial_that_hangs_is_ended_and_says_where(
     cluster, mlflow_url: str, tiny_experiment: Path, tmp_path: Path, undisturbed: TrialResult
 ):
@@ -191,6 +192,7 @@ def test_a_trial_that_runs_out_of_memory_is_tried_once_more_in_smaller_parts(
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_while_mlflow_is_away_and_loses_nothing(
     cluster, tiny_experiment: Path, tmp_path: Path, undisturbed: TrialResult
 ):
@@ -275,6 +277,7 @@ class Swells(Attempt):
             threading.Event().wait(0.02)
 
 
+@pytest.mark.slow
 def test_a_trial_that_the_memory_monitor_ends_does_not_end_the_sweep(
     mlflow_url: str, tiny_experiment: Path, tmp_path: Path
 ):
@@ -341,6 +344,7 @@ class TakesItsNode(Attempt):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_loses_a_node_goes_on_on_the_others(
     cluster, mlflow_url: str, tiny_experiment: Path, tmp_path: Path
 ):
