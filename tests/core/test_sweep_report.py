@@ -189,6 +189,22 @@ def test_learning_curves_are_drawn_of_all_that_have_one_the_stopped_too() -> Non
     assert reader.open == []
 
 
+def test_the_labels_of_points_close_together_do_not_cover_each_other() -> None:
+    points = [(10.0 + i / 10, 0.5 + i / 1000, f"lora rank={2**i}", True, False) for i in range(6)]
+    drawn = scatter([*points, (30.0, 0.9, "full", True, False)], "seconds", "rougeL")
+    words = r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(start|end)">((?:lora|full)[^<]*)</text>'
+    boxes = []
+    for x, y, anchor, label in re.findall(words, drawn):
+        left = float(x) - (6 * len(label) if anchor == "end" else 0)
+        boxes.append((left, left + 6 * len(label), float(y)))
+    assert 3 <= len(boxes) <= 7, "what has no room is left to the title of its point"
+    assert any("full" in found for found in re.findall(words, drawn)[-1])
+    for i, (left, right, y) in enumerate(boxes):
+        for other in boxes[:i]:
+            assert right <= other[0] or other[1] <= left or abs(y - other[2]) >= 12
+    assert drawn.count("<title>") == 7
+
+
 def test_the_winners_weak_kinds_of_examples_are_named_and_chance_ones_are_not() -> None:
     intents = ("billing", "outage", "moving", "rare")
 

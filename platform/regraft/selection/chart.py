@@ -9,6 +9,8 @@ from collections.abc import Sequence
 #: Price, quality, label, whether on the Pareto front, whether a control.
 Point = tuple[float, float, str, bool, bool]
 
+#: How wide a letter is, about, at 11 pixels.
+_LETTER = 6.0
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 420, 300, 52, 40, 12, 14
 
 
@@ -49,6 +51,34 @@ class _Frame:
         return "".join(parts)
 
 
+class _Labels:
+    """Words beside points, where they cover neither each other nor a point; without room, none.
+
+    Args:
+        dots: Where the points are.
+    """
+
+    def __init__(self, dots: Sequence[tuple[float, float]]) -> None:
+        self._taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
+
+    def place(self, x: float, y: float, words: str) -> tuple[float, float, str] | None:
+        """Where the words beside a point go, and which end of them is there."""
+        width = _LETTER * len(words)
+        for down in (0, -12, 12, -24, 24):
+            for anchor in ("start", "end"):
+                left = x + 8 if anchor == "start" else x - 8 - width
+                box = (left, y + down - 6, left + width, y + down + 6)
+                inside = left >= _LEFT and box[2] <= _WIDTH and box[1] >= 0 and box[3] <= _HEIGHT - _BOTTOM
+                if inside and not any(_overlap(box, other) for other in self._taken):
+                    self._taken.append(box)
+                    return (x + 8 if anchor == "start" else x - 8), y + down + 4, anchor
+        return None
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
 def scatter(points: Sequence[Point], price: str, quality: str) -> str:
     """An SVG picture, about 420 by 300, with a title for each point; what is best at its price is joined.
 
@@ -65,6 +95,7 @@ def scatter(points: Sequence[Point], price: str, quality: str) -> str:
     frame = _Frame(across, [p[1] for p in points])
     places = [(frame.x(a), frame.y(p[1])) for a, p in zip(across, points, strict=True)]
     front = _front(points, places)
+    labels = _Labels(places)
     parts = [frame.axes(price, quality, log=log)]
     if len(front) > 1:
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in front)
@@ -77,10 +108,8 @@ def scatter(points: Sequence[Point], price: str, quality: str) -> str:
             f'<circle cx="{a:.1f}" cy="{b:.1f}" r="5" fill="{fill}" stroke="{stroke}" stroke-width="1.5">'
             f"<title>{words}</title></circle>"
         )
-        if on_front or control:
-            anchor = "end" if a > _WIDTH * 0.6 else "start"
-            shift = -8 if anchor == "end" else 8
-            parts.append(_text(a + shift, b + 4, anchor, label))
+        if (on_front or control) and (spot := labels.place(a, b, label)):
+            parts.append(_text(*spot, label))
     return _picture(parts, f"{quality} against {price}")
 
 
@@ -94,6 +123,7 @@ def lines(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], across: s
     """
     every = [point for _, points in curves for point in points]
     frame = _Frame([x for x, _ in every], [y for _, y in every])
+    labels = _Labels([(frame.x(points[-1][0]), frame.y(points[-1][1])) for _, points in curves])
     parts = [frame.axes(across, up)]
     for index, (name, points) in enumerate(curves):
         colour = _COLOURS[index % len(_COLOURS)]
@@ -103,8 +133,9 @@ def lines(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], across: s
         x, y = points[-1]
         dot = f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3" fill="{colour}"/>'
         parts.append(f"<g>{title}{line}{dot}</g>")
-        if index < len(_COLOURS):
-            label = f'<text x="{frame.x(x) - 6:.1f}" y="{frame.y(y) - 5:.1f}" text-anchor="end"'
+        spot = labels.place(frame.x(x), frame.y(y), name) if index < len(_COLOURS) else None
+        if spot is not None:
+            label = f'<text x="{spot[0]:.1f}" y="{spot[1]:.1f}" text-anchor="{spot[2]}"'
             parts.append(f'{label} style="fill:{colour}">{html.escape(name)}</text>')
     return _picture(parts, f"{up} over {across}")
 

@@ -24,7 +24,8 @@ th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(-
 th:first-child, td:first-child { text-align: left; }
 td.words { white-space: normal; text-align: left; min-width: 20rem; }
 .lead { background: var(--soft); border-left: 4px solid var(--accent); padding: .8rem 1rem; }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; flex: 1 1 19rem; }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; flex: 1 1 22rem; max-width: 36rem; }
 svg text { fill: CanvasText; font-size: 11px; }
 .sample { border-top: 1px solid var(--line); padding: .6rem 0; }
 .sample p { margin: .2rem 0; white-space: pre-wrap; }
