@@ -11,8 +11,8 @@ from regraft.selection.resampling import paired_comparison
 
 #: How likely an effect is to be found with the number of examples that is advised.
 _POWER = 0.8
-#: The share of its level that the test uses, so that in simulated evaluations of candidates that are no better
-#: no more are promoted at any size, luck of the simulation included (`benchmarks/gate.py`).
+#: The share of its level that the test uses: of simulated candidates that are no better, no more are promoted
+#: at any size, luck of the simulation included (`benchmarks/gate.py`).
 _USED = 0.8
 
 
