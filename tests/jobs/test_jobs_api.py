@@ -120,38 +120,40 @@ def variant(tiny_experiment: Path, folder: Path, name: str, **sweep: object) -> 
     return file
 
 
-def test_a_cancelled_sweep_closes_its_runs_and_leaves_everything_to_the_one_that_waits(
-    services, tiny_experiment: Path, tmp_path: Path
+@pytest.mark.parametrize("beside", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_cancelled_sweep_closes_its_runs_and_leaves_everything_to_one_that_waits(
+    services, tiny_experiment: Path, tmp_path: Path, beside: bool
 ):
     from ray.util.state import list_actors, list_placement_groups
 
     uri, jobs, environment = services
     methods = [{"name": "full"}, {"name": "lora", "rank": 2}]
-    file = variant(tiny_experiment, tmp_path, "cancelled", methods=methods, epochs=5000, evaluations=100)
-    command = f"regraft sweep {file}"
-    submit_once(jobs, "cancelled", command, runtime_env={"env_vars": environment})
+    name = f"cancelled-{beside}".lower()
+    file = variant(tiny_experiment, tmp_path, name, methods=methods, epochs=5000, evaluations=100)
+    submit_once(jobs, name, f"regraft sweep {file}", runtime_env={"env_vars": environment})
     api = client(jobs)
     # Both the inline trial and the one in Ray Train are under way.
-    while not all(f"{name}: 1/100" in api.get_job_logs("cancelled") for name in ("lr=0.0001", "lr=0.002")):
-        assert str(api.get_job_status("cancelled")) in {"PENDING", "RUNNING"}, api.get_job_logs("cancelled")
-    # Another sweep comes. All there is, is held: its trials wait, the one in Ray Train too.
-    methods = [{"name": "full"}, {"name": "zero_shot"}]
-    waits = variant(tiny_experiment, tmp_path / "2", "waits", methods=methods)
-    submit_once(jobs, "waits", f"regraft sweep {waits}", runtime_env={"env_vars": environment})
-    while "this sweep shares the cluster with 1 other" not in api.get_job_logs("waits"):
-        assert str(api.get_job_status("waits")) in {"PENDING", "RUNNING"}, api.get_job_logs("waits")
-    assert cancel(jobs, "cancelled")
-    assert follow(jobs, "cancelled", lambda _: None) == "STOPPED"
-    lines: list[str] = []
-    assert follow(jobs, "waits", lines.append) == "SUCCEEDED", "\n".join(lines[-40:])
+    while not all(f"{rate}: 1/100" in api.get_job_logs(name) for rate in ("lr=0.0001", "lr=0.002")):
+        assert str(api.get_job_status(name)) in {"PENDING", "RUNNING"}, api.get_job_logs(name)
+    if beside:  # All there is, is held: the trials of another sweep wait, the one in Ray Train too.
+        methods = [{"name": "full"}, {"name": "zero_shot"}]
+        waits = variant(tiny_experiment, tmp_path / "2", "waits", methods=methods)
+        submit_once(jobs, "waits", f"regraft sweep {waits}", runtime_env={"env_vars": environment})
+        while "this sweep shares the cluster with 1 other" not in api.get_job_logs("waits"):
+            assert str(api.get_job_status("waits")) in {"PENDING", "RUNNING"}, api.get_job_logs("waits")
+    assert cancel(jobs, name)
+    assert follow(jobs, name, lambda _: None) == "STOPPED"
     store = MlflowClient(uri)
-    (where,) = store.search_experiments(filter_string="name = 'cancelled'")
+    if beside:
+        lines: list[str] = []
+        assert follow(jobs, "waits", lines.append) == "SUCCEEDED", "\n".join(lines[-40:])
+        (where,) = store.search_experiments(filter_string="name = 'waits'")
+        runs = store.search_runs([where.experiment_id], "tags.role = 'trial'")
+        assert [(r.data.tags["status"], r.data.tags["attempt"]) for r in runs] == [("completed", "1")] * 2
+    (where,) = store.search_experiments(filter_string=f"name = '{name}'")
     runs = store.search_runs([where.experiment_id])
     assert {(r.data.tags["role"], r.info.status) for r in runs} == {("sweep", "KILLED"), ("trial", "KILLED")}
     assert len(runs) == 3
-    (where,) = store.search_experiments(filter_string="name = 'waits'")
-    runs = store.search_runs([where.experiment_id], "tags.role = 'trial'")
-    assert [(r.data.tags["status"], r.data.tags["attempt"]) for r in runs] == [("completed", "1")] * 2
 
     def held() -> list[str]:
         actors = list_actors(address=jobs, filters=[("state", "=", "ALIVE")])
