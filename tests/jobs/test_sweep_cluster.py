@@ -211,6 +211,7 @@ def test_a_trial_that_the_budget_cut_short_is_killed_and_goes_on_when_started_ag
     assert len(set(first)) == 1, "what was reported before it was cut is reported again, and the same"
 
 
+@pytest.mark.slow
 def test_a_trial_sharded_over_two_workers_is_scored_and_kept_as_any_other(
     two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path
 ):
