@@ -114,15 +114,13 @@ def collect(uri: str, experiment: str) -> None:
     runs = client.search_runs(
         [tracker.experiment_id],
         "tags.role = 'trial' AND tags.status = 'completed'",
-        order_by=["start_time ASC"],
     )
     datasets = [run.data.tags["dataset"] for run in runs]
     dataset = max(set(datasets), key=datasets.count)
     found: dict[str, list[float]] = {}
     ids: list[str] | None = None
-    for run in runs:
-        result = tracker.result_of(run.info.run_id)
-        if result.dataset_id != dataset or result.is_control or result.report is None:
+    for result in tracker.results_on(dataset):
+        if result.is_control or result.report is None:
             continue
         scores = {e.example_id: e.scores["rougeL"] for e in result.report.examples}
         ids = ids or sorted(scores)

@@ -108,3 +108,13 @@ def browser() -> Iterator[Browser]:
         opened = playwright.chromium.launch(executable_path=found, args=flags)
         yield opened
         opened.close()
+
+
+@pytest.fixture(scope="module")
+def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server."""
+    from regraft.tracking.server import start_server, stop_server
+
+    server = start_server(tmp_path_factory.mktemp("mlflow"), "127.0.0.1", 0)
+    yield server.url
+    stop_server(server.pid)

@@ -97,6 +97,14 @@ class Experiment(Section):
             raise ValueError("sweep.budget.money: needs cluster.prices, as {CPU: 0.05, GPU: 2.0} an hour")
         return self
 
+    @model_validator(mode="after")
+    def _bounded(self) -> Experiment:
+        if self.cluster.autoscales and self.sweep.max_concurrent is None:
+            raise ValueError(
+                "cluster.autoscales: needs sweep.max_concurrent: how many trials may run at once"
+            )
+        return self
+
     @classmethod
     def load(cls, path: Path | str) -> Experiment:
         """Read and check an experiment file; its relative paths become absolute.
@@ -128,12 +136,6 @@ class Experiment(Section):
         except ValidationError as error:
             raise explain(path, tree, error, cls) from error
         experiment._check_methods(path, tree)
-        if experiment.cluster.autoscales and experiment.sweep.max_concurrent is None:
-            raise ConfigError(
-                f"{place(path, tree, ('cluster', 'autoscales'))}: cluster.autoscales: nothing bounds the "
-                "nodes that a sweep asks for",
-                "set sweep.max_concurrent to how many trials may run at once",
-            )
         return experiment.resolved(path.resolve().parent)
 
     def resolved(self, folder: Path) -> Experiment:

@@ -56,9 +56,10 @@ class TrialMemoryError(RegraftError):
     Args:
         problem: What is wrong.
         mend: What to do about it.
-        smaller: The micro-batch, in tokens, with which it may fit and come to the same; 0 if there is none.
+        smaller: The micro-batch, in tokens, with which it may fit and come to the same; 0 if there is none,
+            None if nobody knows.
     """
 
-    def __init__(self, problem: str, mend: str = "", *, smaller: int = 0) -> None:
+    def __init__(self, problem: str, mend: str = "", *, smaller: int | None = 0) -> None:
         super().__init__(problem, mend)
         self.smaller = smaller

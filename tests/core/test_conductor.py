@@ -290,7 +290,7 @@ def test_waiting_for_a_busy_cluster_costs_nothing() -> None:
     spec = order.next()
     assert isinstance(spec, TrialSpec)
     clock.now += 600  # others hold what it needs
-    order.runs(spec.key)
+    order.ledger.runs(spec.key)
     clock.now += 60
     assert order.finished(spec.key, outcome()) == 60
     assert order.ledger.spent.money == pytest.approx(1.0)

@@ -166,6 +166,7 @@ def test_tpe_takes_several_objectives_and_survives_every_way_a_trial_ends() -> N
         ("devices: {qlora: {gpus: 1}}", "sweep.devices: 'qlora' is not swept"),
         ("budget: {money: 10}", "sweep.budget.money: needs cluster.prices"),
         ("budget: {hours: 0}", "sweep.budget.hours"),
+        ("seed: 0\ncluster: {autoscales: true}", r"yaml:7: cluster.autoscales: needs sweep.max_concurrent"),
     ],
 )
 def test_a_wrong_search_is_named(tmp_path: Path, lines: str, problem: str) -> None:

@@ -1,10 +1,13 @@
-"""What the tests of whole stages share: an experiment on a tiny random model."""
+"""What the tests of whole stages share: an experiment on a tiny random model, and a cluster of two nodes."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from regraft.cluster.local import set_environment
 from regraft.data.chats import write_chats
 from regraft.records import Example, Message
 
@@ -53,3 +56,49 @@ def tiny_experiment(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) 
     }
     (folder / "regraft.yaml").write_text(yaml.safe_dump(experiment))
     return folder
+
+
+@pytest.fixture
+def variant(tiny_experiment: Path) -> Callable[..., Path]:
+    """Writes the experiment under another name, with other settings of its sweep; gives the file."""
+
+    def write(folder: Path, name: str, **sweep: object) -> Path:
+        experiment = yaml.safe_load((tiny_experiment / "regraft.yaml").read_text())
+        experiment["name"] = name
+        experiment["sweep"] |= {"ray_train": []} if "full" not in str(sweep) else {}
+        experiment["sweep"] |= sweep
+        experiment["data"] = {
+            "train": str(tiny_experiment / "data/train.jsonl"),
+            "evaluation": str(tiny_experiment / "data/evaluation.jsonl"),
+        }
+        folder.mkdir(exist_ok=True)
+        file = folder / "regraft.yaml"
+        file.write_text(yaml.safe_dump(experiment))
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Any]:
+    """A cluster of two nodes of one core; a node that is gone is noticed soon."""
+    set_environment()
+    import ray
+    from ray.cluster_utils import Cluster
+
+    quick = {
+        "health_check_period_ms": 1000,
+        "health_check_timeout_ms": 3000,
+        "health_check_failure_threshold": 4,
+    }
+    # Without the dashboard an early stop leaks the placement group of a Ray Train trial.
+    cluster = Cluster(
+        initialize_head=True,
+        connect=False,
+        head_node_args={"num_cpus": 1, "include_dashboard": True, "_system_config": quick},
+    )
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()

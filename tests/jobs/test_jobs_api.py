@@ -4,10 +4,10 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
@@ -104,32 +104,16 @@ def test_a_cancelled_job_ends_as_stopped(services):
     assert follow(jobs, "endless", lambda _: None) == "STOPPED"
 
 
-def variant(tiny_experiment: Path, folder: Path, name: str, **sweep: object) -> Path:
-    """The experiment under another name, with other settings of its sweep."""
-    experiment = yaml.safe_load((tiny_experiment / "regraft.yaml").read_text())
-    experiment["name"] = name
-    experiment["sweep"] |= {"ray_train": []} if "full" not in str(sweep) else {}
-    experiment["sweep"] |= sweep
-    experiment["data"] = {
-        "train": str(tiny_experiment / "data/train.jsonl"),
-        "evaluation": str(tiny_experiment / "data/evaluation.jsonl"),
-    }
-    folder.mkdir(exist_ok=True)
-    file = folder / "regraft.yaml"
-    file.write_text(yaml.safe_dump(experiment))
-    return file
-
-
 @pytest.mark.parametrize("beside", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_cancelled_sweep_closes_its_runs_and_leaves_everything_to_one_that_waits(
-    services, tiny_experiment: Path, tmp_path: Path, beside: bool
+    services, variant: Callable[..., Path], tmp_path: Path, beside: bool
 ):
     from ray.util.state import list_actors, list_placement_groups
 
     uri, jobs, environment = services
     methods = [{"name": "full"}, {"name": "lora", "rank": 2}]
     name = f"cancelled-{beside}".lower()
-    file = variant(tiny_experiment, tmp_path, name, methods=methods, epochs=5000, evaluations=100)
+    file = variant(tmp_path, name, methods=methods, epochs=5000, evaluations=100)
     submit_once(jobs, name, f"regraft sweep {file}", runtime_env={"env_vars": environment})
     api = client(jobs)
     # Both the inline trial and the one in Ray Train are under way.
@@ -137,7 +121,7 @@ def test_a_cancelled_sweep_closes_its_runs_and_leaves_everything_to_one_that_wai
         assert str(api.get_job_status(name)) in {"PENDING", "RUNNING"}, api.get_job_logs(name)
     if beside:  # All there is, is held: the trials of another sweep wait, the one in Ray Train too.
         methods = [{"name": "full"}, {"name": "zero_shot"}]
-        waits = variant(tiny_experiment, tmp_path / "2", "waits", methods=methods)
+        waits = variant(tmp_path / "2", "waits", methods=methods)
         submit_once(jobs, "waits", f"regraft sweep {waits}", runtime_env={"env_vars": environment})
         while "this sweep shares the cluster with 1 other" not in api.get_job_logs("waits"):
             assert str(api.get_job_status("waits")) in {"PENDING", "RUNNING"}, api.get_job_logs("waits")

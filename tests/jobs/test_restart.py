@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from mlflow import MlflowClient
 
 from jobs.workspace import Workspace
@@ -31,20 +31,13 @@ def until(line: str, file: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_a_sweep_goes_on_after_its_driver_and_then_the_machine_went_down(
-    tiny_experiment: Path, tmp_path: Path, monkeypatch
+    variant: Callable[..., Path], tmp_path: Path, monkeypatch
 ):
     monkeypatch.setenv("REGRAFT_WORKSPACE", str(tmp_path / "workspace"))
-    experiment = yaml.safe_load((tiny_experiment / "regraft.yaml").read_text())
-    experiment["sweep"] |= {
-        "methods": [{"name": "zero_shot"}, {"name": "lora", "rank": 2, "learning_rate": 0.002}],
-        "epochs": 200, "evaluations": 20, "checkpoint_seconds": 0.2, "max_concurrent": 1, "ray_train": [],
-    }  # fmt: skip
-    experiment["data"] = {
-        "train": str(tiny_experiment / "data/train.jsonl"),
-        "evaluation": str(tiny_experiment / "data/evaluation.jsonl"),
-    }
-    file = tmp_path / "regraft.yaml"
-    file.write_text(yaml.safe_dump(experiment))
+    file = variant(
+        tmp_path, "tiny", methods=[{"name": "zero_shot"}, {"name": "lora", "rank": 2, "learning_rate": 0.002}],
+        epochs=200, evaluations=20, checkpoint_seconds=0.2, max_concurrent=1,
+    )  # fmt: skip
 
     driver = until("lora rank=2 lr=0.002: 4/20", file)
     driver.kill()

@@ -8,42 +8,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from regraft.cluster.local import set_environment
 from regraft.config import Experiment, SweepSection
 from regraft.data.dataset import load_dataset
-
-
-@pytest.fixture(scope="module")
-def mlflow_url(tmp_path_factory):
-    from regraft.tracking.server import start_server, stop_server
-
-    server = start_server(tmp_path_factory.mktemp("mlflow"), "127.0.0.1", 0)
-    yield server.url
-    stop_server(server.pid)
-
-
-@pytest.fixture(scope="module")
-def two_nodes():
-    set_environment()
-    import ray
-    from ray.cluster_utils import Cluster
-
-    # Without the dashboard an early stop leaks the placement group of a Ray Train trial.
-    quick = {
-        "health_check_period_ms": 1000,
-        "health_check_timeout_ms": 3000,
-        "health_check_failure_threshold": 4,
-    }
-    cluster = Cluster(
-        initialize_head=True,
-        connect=False,
-        head_node_args={"num_cpus": 1, "include_dashboard": True, "_system_config": quick},
-    )
-    cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
 
 
 def test_a_sweep_uses_both_nodes_and_records_every_trial(

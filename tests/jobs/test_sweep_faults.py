@@ -12,7 +12,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from regraft.cluster.local import set_environment, start_local_ray, stop_local_ray
+from regraft.cluster.local import start_local_ray, stop_local_ray
 from regraft.config import Experiment, SweepSection
 from regraft.data.dataset import load_dataset
 from regraft.errors import ServiceError
@@ -21,38 +21,12 @@ from regraft.training.attempt import Attempt
 
 
 @pytest.fixture(scope="module")
-def mlflow_url(tmp_path_factory):
-    from regraft.tracking.server import start_server, stop_server
-
-    server = start_server(tmp_path_factory.mktemp("mlflow"), "127.0.0.1", 0)
-    yield server.url
-    stop_server(server.pid)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Two nodes of one core; a node that is gone is noticed soon."""
-    set_environment()
+def cluster(two_nodes):
+    """Two nodes, which cannot import this file."""
     import ray
-    from ray.cluster_utils import Cluster
 
-    quick = {
-        "health_check_period_ms": 1000,
-        "health_check_timeout_ms": 3000,
-        "health_check_failure_threshold": 4,
-    }
-    nodes = Cluster(
-        initialize_head=True,
-        connect=False,
-        head_node_args={"num_cpus": 1, "include_dashboard": True, "_system_config": quick},
-    )
-    nodes.add_node(num_cpus=1)
-    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
-    # Nodes cannot import this file.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield nodes
-    ray.shutdown()
-    nodes.shutdown()
+    return two_nodes
 
 
 def sweep(

@@ -16,18 +16,10 @@ from regraft.data.captures import CaptureStore
 from regraft.records import DatasetVersion, Example, Message, TrialResult
 from regraft.tracking.registry import CHAMPION, Registry
 from regraft.tracking.runs import Tracker
-from regraft.tracking.server import start_server, stop_server
 from serving.app import EndpointSettings, delete, deploy
 
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_memory_monitor_refresh_ms="0")
 TURNS = (Message(role="user", content="q"), Message(role="assistant", content="a"))
-
-
-@pytest.fixture(scope="module")
-def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    server = start_server(tmp_path_factory.mktemp("mlflow"), "127.0.0.1", 0)
-    yield server.url
-    stop_server(server.pid)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from regraft.processes import end_process, free_port, wait_until_it_answers
 
 _START_SECONDS = 90.0
 
-#: Ray reports usage to its makers and Tune writes three files a trial unless told otherwise. Train's reports
-#: are throttled by its health interval: at the default of 2 s, ten reports take 20 s.
+#: Ray reports usage to its makers and Tune writes three files a trial unless told otherwise. Tune starts one
+#: actor at a time for a searcher (the conductor bounds what is handed out) and keeps a state that nobody
+#: restores. Train's reports are throttled by its health interval: at the default of 2 s, ten take 20 s.
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -18,8 +18,6 @@ _NAMESPACE = "regraft"
 _PREFIX = "sweep:"
 #: Ray notices that a driver is gone a moment after it is.
 _PATIENCE = 30.0
-#: The others are counted anew after so many seconds.
-_COUNTED_EVERY = 2.0
 
 
 class _Sweep:
@@ -61,28 +59,20 @@ def announced(sweep: str, say: Callable[[str], None]) -> Iterator[Callable[[], i
         ray.get(sign.by.remote())
     except (ValueError, ray.exceptions.RayActorError) as error:  # another was quicker
         raise ServiceError(f"the sweep {sweep} runs already", "wait for it, or end it") from error
-    counted = _Counted()
-    if others := counted() - 1:
+    if others := _count() - 1:
         say(f"this sweep shares the cluster with {others} other{'s' * (others > 1)}")
     try:
-        yield counted
+        yield _count
     finally:
         ray.kill(sign)
 
 
-class _Counted:
-    """How many sweeps there are; asked for now and then."""
+def _count() -> int:
+    """How many sweeps there are; at least the one that asks."""
+    import ray
 
-    def __init__(self) -> None:
-        self._at, self._count = -_COUNTED_EVERY, 1
-
-    def __call__(self) -> int:
-        import ray
-
-        if time.monotonic() - self._at > _COUNTED_EVERY:
-            names = [found["name"] for found in ray.util.list_named_actors(all_namespaces=True)]
-            self._at, self._count = time.monotonic(), sum(n.startswith(_PREFIX) for n in names)
-        return max(1, self._count)
+    names: list[str] = [found["name"] for found in ray.util.list_named_actors(all_namespaces=True)]
+    return max(1, sum(name.startswith(_PREFIX) for name in names))
 
 
 def _wait_until_gone(sweep: str, say: Callable[[str], None]) -> None:

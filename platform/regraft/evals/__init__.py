@@ -1,12 +1,12 @@
 """Metrics: one file each; the union below is the registry. `evaluate.py` runs them.
 
-To add a metric, write one file with a subclass of `Metric` and add it to `METRIC_CLASSES`; or keep it to
-yourself and name it by its path, `module:Class`.
+To add a metric, write one file with a subclass of `Metric` and add it to `AnyMetric`; or keep it to yourself
+and name it by its path, `module:Class`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Discriminator, Tag
 
@@ -44,9 +44,10 @@ AnyMetric = Annotated[
     | Annotated[Custom, Tag("module:Class")],
     Discriminator(_kind),
 ]
-METRIC_CLASSES: tuple[type[Metric], ...] = (
-    Rouge, ExactMatch, TokenF1, Ngrams, Label, JsonOutput, Form, Refusal, Grounding, Pii
-)  # fmt: skip
+#: Those of this package.
+METRIC_CLASSES: tuple[type[Metric], ...] = tuple(
+    cls for tagged in get_args(get_args(AnyMetric)[0]) if (cls := get_args(tagged)[0]) is not Custom
+)
 
 
 def default_metrics() -> tuple[AnyMetric, ...]:

@@ -6,6 +6,7 @@ import html
 
 from regraft.records import Comparison, LeaderboardRow
 from regraft.selection.chart import lines, scatter
+from regraft.selection.slices import Slice
 from regraft.selection.sweep_report import MethodFacts, SweepReport
 
 _PRICES = {
@@ -117,8 +118,7 @@ def _tables(report: SweepReport) -> list[tuple[str, str, Table]]:
         rows = [
             [
                 s.field, s.value, str(s.examples),
-                f"{s.quality.mean:.3f} ({s.quality.low:.3f} to {s.quality.high:.3f})",
-                f"{s.others:.3f}", "weak" if s.weak else "",
+                _quality(s), f"{s.others:.3f}", "weak" if s.weak else "",
             ]
             for s in report.slices[:_SLICES]
         ]  # fmt: skip
@@ -195,7 +195,7 @@ def _charts(report: SweepReport) -> str:
     return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
 
 
-def _quality(row: LeaderboardRow) -> str:
+def _quality(row: LeaderboardRow | Slice) -> str:
     q = row.quality
     return f"{q.mean:.3f} ({q.low:.3f} to {q.high:.3f})" if q else ""
 

@@ -77,19 +77,17 @@ class Tracker(Results):
         self._client.log_batch(run_id, metrics=metrics, tags=[RunTag("spent", json.dumps(spent))])
 
     @guarded
-    def spent_before(self, sweep_id: str) -> tuple[dict[str, float], frozenset[str]]:
-        """What a sweep took before, as `save_spent` kept it, and the keys of the trials that it started."""
+    def spent_before(self, sweep_id: str) -> tuple[dict[str, Any], frozenset[str]] | None:
+        """What a sweep took before, as `save_spent` kept it, and the keys of the trials that it started.
+
+        None if it was never begun.
+        """
         runs = self._search({"role": "sweep", "sweep": sweep_id})
         if not runs:
-            return {}, frozenset()
+            return None
         trials = self._search({"role": "trial", "sweep": sweep_id})
-        spent: dict[str, float] = json.loads(runs[0].data.tags.get("spent", "{}"))
+        spent: dict[str, Any] = json.loads(runs[0].data.tags.get("spent", "{}"))
         return spent, frozenset(run.data.tags.get("trial_key", "") for run in trials)
-
-    @guarded
-    def has_sweep(self, sweep_id: str) -> bool:
-        """Whether a sweep was begun before."""
-        return bool(self._search({"role": "sweep", "sweep": sweep_id}))
 
     @guarded
     def end_sweep(self, run_id: str, status: str) -> None:
@@ -155,12 +153,15 @@ class Tracker(Results):
             run_id: str = run.info.run_id
             newest = newest or run_id
             if run.info.status == "RUNNING":
-                if result is not None:
-                    record = result.model_copy(update={"run_id": run_id})
-                    self._client.log_text(run_id, to_json(record), RESULT_FILE)
-                self._client.log_batch(run_id, tags=end_tags(status, reason))
-                self._client.set_terminated(run_id, ENDS.get(status, "FINISHED"))
+                self._close(run_id, status, reason, result)
         return newest
+
+    def _close(self, run_id: str, status: TrialStatus, reason: str, result: TrialResult | None) -> None:
+        if result is not None:
+            record = result.model_copy(update={"run_id": run_id})
+            self._client.log_text(run_id, to_json(record), RESULT_FILE)
+        self._client.log_batch(run_id, tags=end_tags(status, reason))
+        self._client.set_terminated(run_id, ENDS.get(status, "FINISHED"))
 
     @guarded
     def close_running(self, sweep_id: str, results: Mapping[str, TrialResult]) -> None:
@@ -171,9 +172,7 @@ class Tracker(Results):
         for run in self._search({"role": "trial", "sweep": sweep_id}, "attributes.status = 'RUNNING'"):
             result = results.get(run.data.tags.get("trial_key", ""))
             if result is not None:
-                self.close_trial(
-                    sweep_id, result.key, status=result.status, reason=result.reason, result=result
-                )
+                self._close(run.info.run_id, result.status, result.reason, result)
 
     @guarded
     def log_report(self, run_id: str, *, html: str, text: str) -> None:

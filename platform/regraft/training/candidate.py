@@ -86,7 +86,9 @@ def score(
     fresh = evaluate(asked, outputs, settings.metrics, dataset_id=dataset_id, split=split)
     by_id = have | {s.example_id: s for s in fresh.examples}
     tagged = tuple(by_id[e.id].model_copy(update={"tags": e.tags}) for e in examples)
-    return fresh.model_copy(update={"examples": tagged, "whole": whole_figures(tagged, settings.metrics)})
+    # Of examples known before and asked now together; without the former, it is what was found already.
+    whole = whole_figures(tagged, settings.metrics) if have else fresh.whole
+    return fresh.model_copy(update={"examples": tagged, "whole": whole})
 
 
 def speed(

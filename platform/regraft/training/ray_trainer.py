@@ -51,7 +51,7 @@ def memory_error(error: BaseException | None) -> TrialMemoryError | None:
         if isinstance(cause, TrialMemoryError):
             return cause
         if isinstance(cause, OutOfMemoryError | KilledForMemoryError):
-            return TrialMemoryError("out of memory: Ray ended a process of this trial", smaller=-1)
+            return TrialMemoryError("out of memory: Ray ended a process of this trial", smaller=None)
     return None
 
 

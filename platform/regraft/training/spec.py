@@ -97,7 +97,7 @@ class TrialSpec(Record):
         seed = f" seed={self.sweep.seed}" if self.sweep.seed else ""
         return self.parsed.label + seed
 
-    def with_less(self, tokens: int | None = None) -> TrialSpec | None:
+    def with_less(self, tokens: int | None) -> TrialSpec | None:
         """The same trial in smaller micro-batches; None if it was tried so before, or cannot be.
 
         Args:

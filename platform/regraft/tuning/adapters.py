@@ -22,7 +22,7 @@ from regraft.training.checkpoints import versions_of
 from regraft.training.ray_trainer import memory_error, was_lost
 from regraft.training.spec import TrialSpec
 from regraft.tuning.conductor import Conductor
-from regraft.tuning.plan import by_ray_train
+from regraft.tuning.plan import SweepPlan, by_ray_train
 from regraft.watchdog import why_it_hung
 
 #: What was spent is kept with the sweep's run not more often than so many seconds.
@@ -112,8 +112,8 @@ class Progress(_OfThisProcess, tune.Callback):  # type: ignore[misc]
     It waits for nobody: what goes to MLflow is queued, so that trials go on while the server is away.
     """
 
-    def __init__(self, conductor: Conductor, tracker: Tracker, run_id: str, say: Say) -> None:
-        self._conductor, self._tracker, self._run_id, self._say = conductor, tracker, run_id, say
+    def __init__(self, conductor: Conductor, tracker: Tracker, plan: SweepPlan, say: Say) -> None:
+        self._conductor, self._tracker, self._plan, self._say = conductor, tracker, plan, say
         self._open: dict[str, Any] = {}
         self._curves: dict[str, list[LossPoint]] = {}
         self._later = InOrder()
@@ -131,7 +131,7 @@ class Progress(_OfThisProcess, tune.Callback):  # type: ignore[misc]
         """Say so."""
         self._open[trial.trial_id] = trial
         spec = self._spec(trial)
-        self._conductor.runs(spec.key)
+        self._conductor.ledger.runs(spec.key)
         self._say(f"started {spec.named}")
 
     def on_trial_result(
@@ -164,7 +164,7 @@ class Progress(_OfThisProcess, tune.Callback):  # type: ignore[misc]
         if ran_out := memory_error(error):
             tried = f", in micro-batches of {spec.micro_tokens} tokens too" if spec.micro_tokens else ""
             status, reason = "infeasible", ran_out.problem + tried
-            less = spec.with_less(ran_out.smaller if ran_out.smaller >= 0 else None)
+            less = spec.with_less(ran_out.smaller)
             how = f"again in micro-batches of {less.micro_tokens} tokens" if less else ""
         else:
             hung = why_it_hung(spec.hang_note) if spec.hang_note else None
@@ -189,8 +189,7 @@ class Progress(_OfThisProcess, tune.Callback):  # type: ignore[misc]
             self._keep(spec, spec.result("cancelled", reason))
         self._save_spent()
         self._later.wait()
-        sweep_id = next((record.sweep_id for record in self.records.values()), "")
-        patiently(lambda: self._tracker.close_running(sweep_id, self.records))
+        patiently(lambda: self._tracker.close_running(self._plan.sweep_id, self.records))
 
     def _end(self, trial: Any, status: TrialStatus, reason: str) -> None:
         if self._open.pop(trial.trial_id, None) is None:
@@ -221,9 +220,9 @@ class Progress(_OfThisProcess, tune.Callback):  # type: ignore[misc]
 
     def _save_spent(self) -> None:
         """Keep with the sweep's run what it took so far: it counts when the sweep goes on another day."""
-        spent = self._conductor.ledger.spent
+        run_id, spent = self._plan.template.sweep_run_id, self._conductor.ledger.spent
         self._saved = time.monotonic()
-        self._later.put(lambda: self._tracker.save_spent(self._run_id, spent._asdict()))
+        self._later.put(lambda: self._tracker.save_spent(run_id, spent._asdict()))
 
     def _keep(self, spec: TrialSpec, record: TrialResult) -> None:
         """Record what the trial could not."""

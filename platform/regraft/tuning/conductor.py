@@ -109,10 +109,6 @@ class Conductor:
         self.lost.append(spec)
         return True
 
-    def runs(self, key: str) -> None:
-        """A trial that was handed out has got what it asked for."""
-        self.ledger.runs(key)
-
     def recall(self, spec: TrialSpec, result: TrialResult) -> None:
         """A result from before: the search learns from it; if of this very sweep, it counts as tried."""
         own = result.sweep_id == spec.sweep_id

@@ -117,13 +117,14 @@ def _run(
     tracker = Tracker(tracking_uri, experiment.name)
     params = {"base_model": base.source, "base_revision": base.revision, "dataset_id": dataset.id}
     params |= {"search": experiment.sweep.search.name} | tags
-    if resume and not tracker.has_sweep(plan.sweep_id):
+    begun = tracker.spent_before(plan.sweep_id)
+    if resume and begun is None:
         raise NothingToResumeError(
             f"{plan.sweep_id} was never begun on {tracking_uri}",
             "a sweep is told by its methods, search, data and settings: undo what was changed since, or "
             "start it without --resume; finished trials that fit are found either way",
         )
-    before, known = tracker.spent_before(plan.sweep_id)
+    spent, known = begun or ({}, frozenset())
     run_id = tracker.start_sweep(plan.sweep_id, params=params, dataset=dataset)
     template = plan.template.model_copy(update={"sweep_run_id": run_id})
     plan = plan._replace(template=template)
@@ -134,7 +135,7 @@ def _run(
         proposer,
         plan.spec,
         tracker.finished_trials().get,
-        Ledger(sweep.budget, before=Spent(int(before.pop("trials", 0)), **before), known=known),
+        Ledger(sweep.budget, before=Spent(**spent), known=known),
         _Room(experiment, sweeps),
         lambda method: _effort(method, experiment, base.path),
         say,
@@ -176,7 +177,7 @@ def _tune(
     survive_memory_kills()
     rule = experiment.sweep.stopping.rule() if experiment.sweep.stopping else None
     brackets = experiment.sweep.stopping.brackets if experiment.sweep.stopping else "sweep"
-    progress = Progress(conductor, tracker, plan.template.sweep_run_id, say)
+    progress = Progress(conductor, tracker, plan, say)
     trainable = tune.with_resources(
         tune.with_parameters(_trial, dataset_ref=[ray.put(dataset)], work=work),
         _resources,
@@ -258,18 +259,16 @@ class _Room:
     def __init__(self, experiment: Experiment, sweeps: Callable[[], int]) -> None:
         self._leave, self._sweeps = experiment.sweep.leave, sweeps
         self._grows = experiment.cluster.autoscales
-        self._at, self._have = -math.inf, Demand(0.0, 0.0)
+        self._at, self._found = -math.inf, (Demand(0.0, 0.0), 1)
 
     def __call__(self) -> tuple[Demand, int]:
         if self._grows:
             return Demand(math.inf, math.inf), 1
         if time.monotonic() - self._at > _LOOKED_EVERY:
             have = ray.cluster_resources()
-            self._have = Demand(
-                have.get("CPU", 0.0) - self._leave.cpus, have.get("GPU", 0.0) - self._leave.gpus
-            )
-            self._at = time.monotonic()
-        return self._have, self._sweeps()
+            room = Demand(have.get("CPU", 0.0) - self._leave.cpus, have.get("GPU", 0.0) - self._leave.gpus)
+            self._at, self._found = time.monotonic(), (room, self._sweeps())
+        return self._found
 
 
 def _effort(method: Method, experiment: Experiment, base: Path) -> float:
