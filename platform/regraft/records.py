@@ -98,6 +98,20 @@ class DatasetVersion(Record):
         return self.splits[name]
 
 
+class Likelihood(Record):
+    """How likely a candidate finds a reference, token after token.
+
+    `nats` is the sum of the negative log-probabilities of its tokens. `bins` are ten of equal width over the
+    probability of the token that the candidate would have said there: how many, their summed probability,
+    and how many of them were the reference's.
+    """
+
+    tokens: int
+    utf8_bytes: int
+    nats: float
+    bins: tuple[tuple[int, float, int], ...]
+
+
 class ExampleScore(Record):
     """What one candidate answered to one example, and how that scored.
 
@@ -111,16 +125,21 @@ class ExampleScore(Record):
     scores: dict[str, float]
     failures: dict[str, str] = {}
     tags: dict[str, str] = {}
+    likelihood: Likelihood | None = None
 
 
 class EvalReport(Record):
-    """Per-example scores of one candidate on one evaluation set."""
+    """Per-example scores of one candidate on one evaluation set.
+
+    `whole` has the figures that only all answers together have, `whole_failures` why some are missing.
+    """
 
     dataset_id: str
     split: str
     metric_versions: dict[str, int]
     examples: tuple[ExampleScore, ...]
     whole: dict[str, float] = {}
+    whole_failures: dict[str, str] = {}
 
     def mean(self, metric: str) -> float:
         """Mean of a metric over the examples on which it did not fail.
@@ -141,8 +160,8 @@ class EvalReport(Record):
 
     @property
     def failure_count(self) -> int:
-        """Metric failures over all examples."""
-        return sum(len(e.failures) for e in self.examples)
+        """Metric failures over all examples, and of figures of the whole set."""
+        return sum(len(e.failures) for e in self.examples) + len(self.whole_failures)
 
 
 class Cost(Record):

@@ -34,7 +34,7 @@ def test_every_metric_gives_what_it_says_and_is_documented(cls: type[Metric]) ->
     given = metric.score(Answer("yes, it is", '{"a": "yes"}', "is it?"))
     assert list(given) == [out.name for out in metric.outputs]
     assert all(out.better in {"higher", "lower", ""} and out.unit for out in metric.outputs)
-    assert set(metric.whole([Answer("yes", "yes")])) == {out.name for out in metric.wholes}
+    assert set(metric.whole([Answer("yes", "yes")], [{}])) == {out.name for out in metric.wholes}
     assert cls.__doc__
     assert ONE.validate_python(metric.model_dump(mode="json")) == metric
 
@@ -79,7 +79,7 @@ def test_macro_f1_weighs_each_label_the_same_and_counts_answers_without_one_as_m
     metric = ONE.validate_python({"name": "label", "labels": ["a", "b", "c"]})
     pairs = [("a", "a"), ("a", "a"), ("a", "b"), ("what?", "b"), ("c", "a")]
     # a: 2 right of 3 given and 3 there; b: none right; c stands in no reference.
-    whole = metric.whole([Answer(got, want) for got, want in pairs])
+    whole = metric.whole([Answer(got, want) for got, want in pairs], [{}] * len(pairs))
     assert whole == pytest.approx({"label_macro_f1": (2 * 2 / 6 + 0) / 2})
 
 

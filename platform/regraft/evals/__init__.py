@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Discriminator, Tag
 
-from regraft.evals.base import Answer, Metric, Output
+from regraft.evals.base import Answer, Metric, Output, Scores
 from regraft.evals.custom import Custom
 from regraft.evals.exact_match import ExactMatch
 from regraft.evals.form import Form
@@ -55,4 +55,4 @@ def default_metrics() -> tuple[AnyMetric, ...]:
     return (Rouge(), ExactMatch(), TokenF1())
 
 
-__all__ = ["METRIC_CLASSES", "Answer", "AnyMetric", "Metric", "Output", "default_metrics"]
+__all__ = ["METRIC_CLASSES", "Answer", "AnyMetric", "Metric", "Output", "Scores", "default_metrics"]

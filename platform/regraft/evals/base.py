@@ -7,6 +7,8 @@ from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from regraft.records import Likelihood
+
 
 class Output(NamedTuple):
     """A figure that a metric gives for each answer.
@@ -30,12 +32,18 @@ class Answer(NamedTuple):
         reference: The answer as it should be.
         prompt: All that was said before, system turn included.
         tags: Of the example, such as its intent.
+        likelihood: How likely the candidate finds the reference, where a metric asks for it and the candidate
+            is a model that was loaded.
     """
 
     output: str
     reference: str = ""
     prompt: str = ""
     tags: Mapping[str, str] = {}
+    likelihood: Likelihood | None = None
+
+
+Scores = dict[str, float]
 
 
 class Metric(BaseModel):
@@ -50,10 +58,12 @@ class Metric(BaseModel):
     outputs: ClassVar[tuple[Output, ...]]
     #: What `whole` gives.
     wholes: ClassVar[tuple[Output, ...]] = ()
+    #: Whether `Answer.likelihood` is needed.
+    asks_likelihood: ClassVar[bool] = False
 
     name: str
 
-    def score(self, answer: Answer) -> dict[str, float]:
+    def score(self, answer: Answer) -> Scores:
         """Score one answer.
 
         Returns:
@@ -64,6 +74,21 @@ class Metric(BaseModel):
         """
         raise NotImplementedError
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """Figures that only a whole set has, such as a macro-averaged F1; none for most metrics."""
+    def score_all(self, answers: Sequence[Answer]) -> list[Scores | Exception]:
+        """Score answers; for metrics that are quicker over many at once. A failure stands in its place."""
+        found: list[Scores | Exception] = []
+        for answer in answers:
+            try:
+                found.append(self.score(answer))
+            except Exception as error:  # a metric may be anybody's code: its failure is a value
+                found.append(error)
+        return found
+
+    def whole(self, answers: Sequence[Answer], scores: Sequence[Mapping[str, float]]) -> Scores:
+        """Figures that only a whole set has, such as a macro-averaged F1; none for most metrics.
+
+        Args:
+            answers: All of them.
+            scores: What they scored, by any metric.
+        """
         return {}

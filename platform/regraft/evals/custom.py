@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from regraft.evals.base import Answer, Metric, Output
+from regraft.evals.base import Answer, Metric, Output, Scores
 
 
 class Custom(Metric):
@@ -63,10 +63,19 @@ class Custom(Metric):
         """The metric's own."""
         return self.metric.wholes
 
-    def score(self, answer: Answer) -> dict[str, float]:
+    @property
+    def asks_likelihood(self) -> bool:  # type: ignore[override]
+        """The metric's own."""
+        return self.metric.asks_likelihood
+
+    def score(self, answer: Answer) -> Scores:
         """As the metric does."""
         return self.metric.score(answer)
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, float]:
+    def score_all(self, answers: Sequence[Answer]) -> list[Scores | Exception]:
         """As the metric does."""
-        return self.metric.whole(answers)
+        return self.metric.score_all(answers)
+
+    def whole(self, answers: Sequence[Answer], scores: Sequence[Mapping[str, float]]) -> Scores:
+        """As the metric does."""
+        return self.metric.whole(answers, scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from regraft.evals import Answer, Metric
-from regraft.records import EvalReport, Example, ExampleScore
+from regraft.records import EvalReport, Example, ExampleScore, Likelihood
 
 
 def evaluate(
@@ -15,6 +15,7 @@ def evaluate(
     *,
     dataset_id: str,
     split: str,
+    likelihoods: Sequence[Likelihood | None] = (),
 ) -> EvalReport:
     """Score one output for each example.
 
@@ -24,39 +25,61 @@ def evaluate(
         metrics: What to score by.
         dataset_id: The dataset the examples are from.
         split: The evaluation set's name.
+        likelihoods: Of the references, in the same order; none for metrics that do not ask.
     """
-    scored = []
-    for example, output in zip(examples, outputs, strict=True):
-        said = "\n".join(message.content for message in example.prompt)
-        answer = Answer(output, example.reference, said, example.tags)
-        scores: dict[str, float] = {}
-        failures: dict[str, str] = {}
-        for metric in metrics:
-            try:
-                scores |= metric.score(answer)
-            except Exception as error:  # a metric may be anybody's code: its failure is a value
-                failures |= {out.name: f"{type(error).__name__}: {error}" for out in metric.outputs}
-        scored.append(
-            ExampleScore(
-                example_id=example.id,
-                prompt=example.prompt[-1].content,
-                reference=example.reference,
-                output=output,
-                scores=scores,
-                failures=failures,
-                tags=example.tags,
-            )
+    answers = [
+        Answer(output, example.reference, _said(example), example.tags, likelihood)
+        for example, output, likelihood in zip(
+            examples, outputs, likelihoods or [None] * len(examples), strict=True
         )
-    return EvalReport(
+    ]
+    scores: list[dict[str, float]] = [{} for _ in answers]
+    failures: list[dict[str, str]] = [{} for _ in answers]
+    for metric in metrics:
+        for index, found in enumerate(metric.score_all(answers)):
+            if isinstance(found, Exception):
+                failures[index] |= {out.name: _reason(found) for out in metric.outputs}
+            else:
+                scores[index] |= found
+    scored = tuple(
+        ExampleScore(
+            example_id=example.id,
+            prompt=example.prompt[-1].content,
+            reference=example.reference,
+            output=answer.output,
+            scores=scores[index],
+            failures=failures[index],
+            tags=example.tags,
+            likelihood=answer.likelihood,
+        )
+        for index, (example, answer) in enumerate(zip(examples, answers, strict=True))
+    )
+    report = EvalReport(
         dataset_id=dataset_id,
         split=split,
         metric_versions={metric.name: metric.version for metric in metrics},
-        examples=tuple(scored),
-        whole=whole_figures(scored, metrics),
+        examples=scored,
     )
+    return with_whole(report, metrics)
 
 
-def whole_figures(scored: Sequence[ExampleScore], metrics: Sequence[Metric]) -> dict[str, float]:
-    """The figures that only all of the answers together have."""
-    answers = [Answer(e.output, e.reference, e.prompt, e.tags) for e in scored]
-    return {name: value for metric in metrics for name, value in metric.whole(answers).items()}
+def with_whole(report: EvalReport, metrics: Sequence[Metric]) -> EvalReport:
+    """The report with the figures that only all of its answers together have."""
+    answers = [Answer(e.output, e.reference, e.prompt, e.tags, e.likelihood) for e in report.examples]
+    scores = [e.scores for e in report.examples]
+    whole: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    for metric in metrics:
+        try:
+            whole |= metric.whole(answers, scores)
+        except Exception as error:  # as with a single answer
+            failures |= {out.name: _reason(error) for out in metric.wholes}
+    return report.model_copy(update={"whole": whole, "whole_failures": failures})
+
+
+def _said(example: Example) -> str:
+    return "\n".join(message.content for message in example.prompt)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from regraft.evals.base import Answer, Metric, Output
+from regraft.evals.base import Answer, Metric, Output, Scores
 
 
 class Label(Metric):
@@ -38,18 +38,18 @@ class Label(Metric):
         got, want = self.named(answer.output), self._wanted(answer)
         return {"label_accuracy": float(got == want), "label_unparsable": float(got is None)}
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, float]:
+    def whole(self, answers: Sequence[Answer], scores: Sequence[Mapping[str, float]]) -> Scores:
         """The macro-averaged F1; nothing without a reference that names a label."""
         pairs = [(self.named(a.output), want) for a in answers if (want := self.named(a.reference))]
         if not pairs:
             return {}
-        scores = []
+        each = []
         for label in {want for _, want in pairs}:
             right = sum(got == want == label for got, want in pairs)
             given = sum(got == label for got, _ in pairs)
             there = sum(want == label for _, want in pairs)
-            scores.append(2 * right / (given + there))
-        return {"label_macro_f1": sum(scores) / len(scores)}
+            each.append(2 * right / (given + there))
+        return {"label_macro_f1": sum(each) / len(each)}
 
     def named(self, text: str) -> str | None:
         """The label that a text names first; None if it names none."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.config import EvaluateSection
-from regraft.evals.evaluate import evaluate, whole_figures
+from regraft.evals.evaluate import evaluate, with_whole
 from regraft.evals.generation import generate, measure_speed
 from regraft.methods import Method
 from regraft.methods.base import DTypeName
@@ -86,9 +86,9 @@ def score(
     fresh = evaluate(asked, outputs, settings.metrics, dataset_id=dataset_id, split=split)
     by_id = have | {s.example_id: s for s in fresh.examples}
     tagged = tuple(by_id[e.id].model_copy(update={"tags": e.tags}) for e in examples)
+    whole = fresh.model_copy(update={"examples": tagged})
     # Of examples known before and asked now together; without the former, it is what was found already.
-    whole = whole_figures(tagged, settings.metrics) if have else fresh.whole
-    return fresh.model_copy(update={"examples": tagged, "whole": whole})
+    return with_whole(whole, settings.metrics) if have else whole
 
 
 def speed(
