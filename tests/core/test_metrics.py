@@ -13,9 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 from regraft.config import EvaluateSection, Experiment
 from regraft.evals import METRIC_CLASSES, Answer, AnyMetric, Metric
 from regraft.evals.evaluate import evaluate
-from regraft.records import Example, Message
+from regraft.records import Example, Likelihood, Message
 
 ONE: TypeAdapter[Metric] = TypeAdapter(AnyMetric)
+LIKELIHOOD = Likelihood(tokens=1, utf8_bytes=3, nats=0.5, bins=((1, 0.05, 0), *((0, 0.0, 0),) * 9))
 
 
 def scored(
@@ -31,10 +32,14 @@ def test_every_metric_gives_what_it_says_and_is_documented(cls: type[Metric]) ->
         settings["labels"] = ["yes", "no"]
     metric = ONE.validate_python(settings)
     assert type(metric) is cls
-    given = metric.score(Answer("yes, it is", '{"a": "yes"}', "is it?"))
+    answer = Answer("yes, it is", '{"a": "yes"}', "is it?", likelihood=LIKELIHOOD)
+    (given,) = metric.score_all([answer]) if metric.outputs else ({},)
+    assert not isinstance(given, Exception)
     assert list(given) == [out.name for out in metric.outputs]
     assert all(out.better in {"higher", "lower", ""} and out.unit for out in metric.outputs)
-    assert set(metric.whole([Answer("yes", "yes")], [{}])) == {out.name for out in metric.wholes}
+    whole = metric.whole([Answer("yes", "yes", likelihood=LIKELIHOOD)], [given])
+    whole |= metric.of_texts(3.0, 2.0) if metric.texts else {}
+    assert set(whole) == {out.name for out in metric.wholes}
     assert cls.__doc__
     assert ONE.validate_python(metric.model_dump(mode="json")) == metric
 

@@ -11,13 +11,16 @@ from typing import Annotated, Any, get_args
 from pydantic import Discriminator, Tag
 
 from regraft.evals.base import Answer, Metric, Output, Scores
+from regraft.evals.calibration import Calibration
 from regraft.evals.custom import Custom
 from regraft.evals.exact_match import ExactMatch
+from regraft.evals.forgetting import Forgetting
 from regraft.evals.form import Form
 from regraft.evals.grounding import Grounding
 from regraft.evals.json_output import JsonOutput
 from regraft.evals.label import Label
 from regraft.evals.ngrams import Ngrams
+from regraft.evals.perplexity import Perplexity
 from regraft.evals.pii import Pii
 from regraft.evals.refusal import Refusal
 from regraft.evals.rouge import Rouge
@@ -41,6 +44,9 @@ AnyMetric = Annotated[
     | Annotated[Refusal, Tag("refusal")]
     | Annotated[Grounding, Tag("grounding")]
     | Annotated[Pii, Tag("pii")]
+    | Annotated[Perplexity, Tag("perplexity")]
+    | Annotated[Calibration, Tag("calibration")]
+    | Annotated[Forgetting, Tag("forgetting")]
     | Annotated[Custom, Tag("module:Class")],
     Discriminator(_kind),
 ]
@@ -51,8 +57,10 @@ METRIC_CLASSES: tuple[type[Metric], ...] = tuple(
 
 
 def default_metrics() -> tuple[AnyMetric, ...]:
-    """ROUGE-1/2/L, exact match and token F1."""
-    return (Rouge(), ExactMatch(), TokenF1())
+    """Likeness to the reference, form, safety, likelihood, and what was forgotten."""
+    return (
+        Rouge(), ExactMatch(), TokenF1(), Form(), Refusal(), Pii(), Perplexity(), Calibration(), Forgetting()
+    )  # fmt: skip
 
 
 __all__ = ["METRIC_CLASSES", "Answer", "AnyMetric", "Metric", "Output", "Scores", "default_metrics"]

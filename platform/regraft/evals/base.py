@@ -92,3 +92,17 @@ class Metric(BaseModel):
             scores: What they scored, by any metric.
         """
         return {}
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What candidate and base are asked the likelihood of, for `of_texts`; nothing for most metrics."""
+        return ()
+
+    def of_texts(self, nats: float, base_nats: float) -> Scores:
+        """Figures of the candidate itself and not of its answers, named in `wholes`.
+
+        Args:
+            nats: Mean negative log-probability that the candidate gives a token of `texts`.
+            base_nats: The same of the untuned base, as the candidate's method holds it.
+        """
+        return {}

@@ -68,6 +68,15 @@ class Custom(Metric):
         """The metric's own."""
         return self.metric.asks_likelihood
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The metric's own."""
+        return self.metric.texts
+
+    def of_texts(self, nats: float, base_nats: float) -> Scores:
+        """As the metric does."""
+        return self.metric.of_texts(nats, base_nats)
+
     def score(self, answer: Answer) -> Scores:
         """As the metric does."""
         return self.metric.score(answer)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from regraft.evals import Answer, Metric
 from regraft.records import EvalReport, Example, ExampleScore, Likelihood
+
+#: Mean negative log-probability of a token of a metric's texts, by the metric's name: candidate and base.
+Nats = Mapping[str, tuple[float, float]]
 
 
 def evaluate(
@@ -16,6 +19,7 @@ def evaluate(
     dataset_id: str,
     split: str,
     likelihoods: Sequence[Likelihood | None] = (),
+    texts: Nats | None = None,
 ) -> EvalReport:
     """Score one output for each example.
 
@@ -26,6 +30,7 @@ def evaluate(
         dataset_id: The dataset the examples are from.
         split: The evaluation set's name.
         likelihoods: Of the references, in the same order; none for metrics that do not ask.
+        texts: What the candidate and its base say of the metrics' own texts; None if it was not asked.
     """
     answers = [
         Answer(output, example.reference, _said(example), example.tags, likelihood)
@@ -36,6 +41,8 @@ def evaluate(
     scores: list[dict[str, float]] = [{} for _ in answers]
     failures: list[dict[str, str]] = [{} for _ in answers]
     for metric in metrics:
+        if not metric.outputs:
+            continue
         for index, found in enumerate(metric.score_all(answers)):
             if isinstance(found, Exception):
                 failures[index] |= {out.name: _reason(found) for out in metric.outputs}
@@ -60,11 +67,11 @@ def evaluate(
         metric_versions={metric.name: metric.version for metric in metrics},
         examples=scored,
     )
-    return with_whole(report, metrics)
+    return with_whole(report, metrics, texts)
 
 
-def with_whole(report: EvalReport, metrics: Sequence[Metric]) -> EvalReport:
-    """The report with the figures that only all of its answers together have."""
+def with_whole(report: EvalReport, metrics: Sequence[Metric], texts: Nats | None = None) -> EvalReport:
+    """The report with the figures of all its answers together, and those of the model itself."""
     answers = [Answer(e.output, e.reference, e.prompt, e.tags, e.likelihood) for e in report.examples]
     scores = [e.scores for e in report.examples]
     whole: dict[str, float] = {}
@@ -72,9 +79,17 @@ def with_whole(report: EvalReport, metrics: Sequence[Metric]) -> EvalReport:
     for metric in metrics:
         try:
             whole |= metric.whole(answers, scores)
+            if metric.texts:
+                whole |= metric.of_texts(*_asked(texts, metric))
         except Exception as error:  # as with a single answer
             failures |= {out.name: _reason(error) for out in metric.wholes}
     return report.model_copy(update={"whole": whole, "whole_failures": failures})
+
+
+def _asked(texts: Nats | None, metric: Metric) -> tuple[float, float]:
+    if texts is None or metric.name not in texts:
+        raise ValueError("the candidate is not a model that was loaded here")
+    return texts[metric.name]
 
 
 def _said(example: Example) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from regraft.evals.generation import generate, measure_speed
 from regraft.methods import Method
 from regraft.methods.base import DTypeName
 from regraft.models import prompt_ids
-from regraft.records import EvalReport, Example, ExampleScore, Speed
+from regraft.records import EvalReport, Example, ExampleScore, Likelihood, Speed
+from regraft.training.likelihood import reference_likelihoods, text_nats
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,6 +62,7 @@ def score(
     dataset_id: str,
     split: str,
     known: Sequence[ExampleScore] = (),
+    base_nats: Mapping[str, float] | None = None,
 ) -> EvalReport:
     """Answer and score examples.
 
@@ -73,6 +75,7 @@ def score(
         split: The evaluation set's name.
         known: Scores of the same candidate from before, by the same metrics; their examples are not asked
             again.
+        base_nats: `nats_of_texts` of the untuned base; without it metrics that ask for it fail.
     """
     have = {s.example_id: s for s in known}
     asked = [e for e in examples if e.id not in have or have[e.id].reference != e.reference]
@@ -83,12 +86,33 @@ def score(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
     )
-    fresh = evaluate(asked, outputs, settings.metrics, dataset_id=dataset_id, split=split)
+    likelihoods: Sequence[Likelihood | None] = ()
+    if any(metric.asks_likelihood for metric in settings.metrics):
+        likelihoods = reference_likelihoods(model, tokenizer, asked, _device(model))
+    texts = None
+    if base_nats is not None:
+        own = nats_of_texts(model, tokenizer, settings)
+        texts = {name: (own[name], base_nats[name]) for name in own}
+    fresh = evaluate(
+        asked, outputs, settings.metrics, dataset_id=dataset_id, split=split,
+        likelihoods=likelihoods, texts=texts,
+    )  # fmt: skip
     by_id = have | {s.example_id: s for s in fresh.examples}
     tagged = tuple(by_id[e.id].model_copy(update={"tags": e.tags}) for e in examples)
     whole = fresh.model_copy(update={"examples": tagged})
     # Of examples known before and asked now together; without the former, it is what was found already.
-    return with_whole(whole, settings.metrics) if have else whole
+    return with_whole(whole, settings.metrics, texts) if have else whole
+
+
+def nats_of_texts(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvaluateSection
+) -> dict[str, float]:
+    """Mean negative log-probability of a token of each metric's own texts, by the metric's name.
+
+    Of a base it is asked before an adapter lies on it.
+    """
+    device = _device(model)
+    return {m.name: text_nats(model, tokenizer, m.texts, device) for m in settings.metrics if m.texts}
 
 
 def speed(
@@ -102,3 +126,7 @@ def speed(
     step = max(1, len(examples) // settings.latency_prompts)
     prompts = [prompt_ids(tokenizer, e.prompt) for e in examples[::step][: settings.latency_prompts]]
     return measure_speed(model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, threads=threads)
+
+
+def _device(model: nn.Module) -> str:
+    return str(next(model.parameters()).device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,17 @@ from regraft.training.batches import IGNORED
 from regraft.training.kernels.cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+#: Shown of a batch: logits (n, vocabulary) in fp32, targets (n) and rows (n) of its n labelled tokens.
+See = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], None]
 #: Configuration fields of models whose head does more than a matrix product; they keep their own forward.
 _SPECIAL_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 @contextmanager
-def supervised_positions_only(base: nn.Module) -> Iterator[None]:
+def supervised_positions_only(base: nn.Module, see: See | None = None) -> Iterator[None]:
     """While open, `base(..., labels=...)` returns the *sum* of the loss over labelled tokens as `loss`.
 
     It works below PEFT as well: adapters call the base with `labels`, soft prompts extend them by ignored
@@ -31,8 +34,8 @@ def supervised_positions_only(base: nn.Module) -> Iterator[None]:
 
     Args:
         base: A transformers causal language model, before or after PEFT has wrapped it.
+        see: Shown what the loss of each batch is made of.
     """
-    import torch
     import torch.nn.functional as F  # noqa: N812
     from torch import nn
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -54,12 +57,14 @@ def supervised_positions_only(base: nn.Module) -> Iterator[None]:
             hidden = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]
             # Gathering makes the input contiguous too; a strided one is 500 times slower through a frozen
             # bf16 head on CPU.
-            if type(head) is nn.Linear:
+            if type(head) is nn.Linear and see is None:
                 loss = linear_cross_entropy(hidden[keep], head.weight, head.bias, targets[keep])
                 return CausalLMOutputWithPast(loss=loss)
             logits = head(hidden[keep])  # quantised, or adapted itself
-        # In fp32: a bf16 loss is rounded to three digits.
-        loss = F.cross_entropy(logits.float(), targets[keep], reduction="sum")
+        logits = logits.float()  # a bf16 loss is rounded to three digits
+        if see is not None:
+            see(logits, targets[keep], keep.nonzero()[:, 0])
+        loss = F.cross_entropy(logits, targets[keep], reduction="sum")
         return CausalLMOutputWithPast(loss=loss)
 
     # PEFT and `generate` read from the signature what may be handed over.
