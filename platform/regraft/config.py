@@ -132,7 +132,7 @@ class Experiment(Section):
                 f"{path}: the top level must be a mapping", "start from examples/utility-support/regraft.yaml"
             )
         try:
-            experiment = cls.model_validate(raw)
+            experiment = cls.model_validate(raw, context={"folder": path.resolve().parent})
         except ValidationError as error:
             raise explain(path, tree, error, cls) from error
         experiment._check_methods(path, tree)
@@ -156,10 +156,17 @@ class Experiment(Section):
                 "evaluation": {k: absolute(p) for k, p in self.retrain.evaluation.items()},
             }
         )
+        metrics = tuple(
+            metric.model_copy(update={k: absolute(v) for k, v in metric if isinstance(v, Path)})
+            for metric in self.evaluate.metrics
+        )
+        evaluate = self.evaluate.model_copy(update={"metrics": metrics})
         model = self.model
         if (folder / model.source).is_dir():
             model = model.model_copy(update={"source": str((folder / model.source).resolve())})
-        return self.model_copy(update={"data": data, "retrain": retrain, "model": model})
+        return self.model_copy(
+            update={"data": data, "retrain": retrain, "evaluate": evaluate, "model": model}
+        )
 
     def _check_methods(self, path: Path, tree: Any) -> None:
         for index, entry in enumerate(self.sweep.methods):

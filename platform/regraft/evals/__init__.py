@@ -18,6 +18,7 @@ from regraft.evals.forgetting import Forgetting
 from regraft.evals.form import Form
 from regraft.evals.grounding import Grounding
 from regraft.evals.json_output import JsonOutput
+from regraft.evals.judge import Judge
 from regraft.evals.label import Label
 from regraft.evals.ngrams import Ngrams
 from regraft.evals.perplexity import Perplexity
@@ -49,6 +50,7 @@ AnyMetric = Annotated[
     | Annotated[Perplexity, Tag("perplexity")]
     | Annotated[Calibration, Tag("calibration")]
     | Annotated[Forgetting, Tag("forgetting")]
+    | Annotated[Judge, Tag("judge")]
     | Annotated[Similarity, Tag("similarity")]
     | Annotated[Toxicity, Tag("toxicity")]
     | Annotated[Custom, Tag("module:Class")],

@@ -60,6 +60,8 @@ class Metric(BaseModel):
     wholes: ClassVar[tuple[Output, ...]] = ()
     #: Whether `Answer.likelihood` is needed.
     asks_likelihood: ClassVar[bool] = False
+    #: The figure of a whole set that must be known before the gate may go by this metric; empty for none.
+    trusted_by: ClassVar[str] = ""
 
     name: str
 
@@ -84,8 +86,12 @@ class Metric(BaseModel):
                 found.append(error)
         return found
 
-    def whole(self, answers: Sequence[Answer], scores: Sequence[Mapping[str, float]]) -> Scores:
+    def whole(
+        self, answers: Sequence[Answer], scores: Sequence[Mapping[str, float]]
+    ) -> Mapping[str, float | Exception]:
         """Figures that only a whole set has, such as a macro-averaged F1; none for most metrics.
+
+        A failure of one figure may stand in its place.
 
         Args:
             answers: All of them.

@@ -69,6 +69,11 @@ class Custom(Metric):
         return self.metric.asks_likelihood
 
     @property
+    def trusted_by(self) -> str:  # type: ignore[override]
+        """The metric's own."""
+        return self.metric.trusted_by
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """The metric's own."""
         return self.metric.texts
@@ -85,6 +90,8 @@ class Custom(Metric):
         """As the metric does."""
         return self.metric.score_all(answers)
 
-    def whole(self, answers: Sequence[Answer], scores: Sequence[Mapping[str, float]]) -> Scores:
+    def whole(
+        self, answers: Sequence[Answer], scores: Sequence[Mapping[str, float]]
+    ) -> Mapping[str, float | Exception]:
         """As the metric does."""
         return self.metric.whole(answers, scores)

@@ -78,7 +78,11 @@ def with_whole(report: EvalReport, metrics: Sequence[Metric], texts: Nats | None
     failures: dict[str, str] = {}
     for metric in metrics:
         try:
-            whole |= metric.whole(answers, scores)
+            for name, found in metric.whole(answers, scores).items():
+                if isinstance(found, Exception):
+                    failures[name] = _reason(found)
+                else:
+                    whole[name] = found
             if metric.texts:
                 whole |= metric.of_texts(*_asked(texts, metric))
         except Exception as error:  # as with a single answer
