@@ -89,6 +89,8 @@ def _show_cards(experiment: Experiment, base: Path) -> None:
     for name in ("trial", "one card needs", *CARDS):
         table.add_column(name, overflow="fold")
     for method in sweep.expanded():
+        if method.remote:
+            continue
         memory = predict(method, base, "bfloat16", "cuda", batching)
         fits = [on_card(method, base, batching, size) for size in CARDS.values()]
         table.add_row(method.label, f"{memory.gib:.1f} GiB ({memory.parts})", *fits)

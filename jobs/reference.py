@@ -134,10 +134,10 @@ def _support() -> str:
         trains, support = method.kind != "control", method.support
         adapter = method.kind == "adapter"
         cells = [
-            _word(support.quantises) if not trains or adapter else "–",
+            _word(support.quantises) if adapter or not (trains or method.remote) else "–",
             _word(support.merges) if adapter else "–",
             _word(support.mixes) if adapter else "–",
-            "static, LoRA engines" if support.plain_lora else "static",
+            "–" if method.remote else "static, LoRA engines" if support.plain_lora else "static",
             _word(support.replicas) if trains else "–",
             _word(support.shards) if trains else "–",
             _word(support.packs) if trains else "–",

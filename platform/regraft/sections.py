@@ -224,7 +224,7 @@ class SweepSection(Section):
 
     def of(self, method: Method) -> SweepSection:
         """This section as it holds for one method: with its own devices."""
-        own = self.devices.get(method.name)
+        own = self.devices.get(method.name, DevicesSection(gpus=0) if method.remote else None)
         if own is None:
             return self
         named = {"cpus": "cpus_per_trial", "gpus": "gpus_per_trial", "workers": "workers_per_trial"}

@@ -78,7 +78,7 @@ MISTAKES = {
         "",
         10,
         "sweep.methods.1.name",
-        "zero_shot, few_shot, full, lora",
+        "zero_shot, few_shot, endpoint, full, lora",
     ),
     "unknown field of a method": ("rank: 8", "ranc: 8", 10, "sweep.methods.1.ranc", "did you mean 'rank'"),
     "field of a method out of range": ("rank: 8", "rank: 0", 10, "sweep.methods.1.rank", "greater than"),

@@ -2,7 +2,9 @@
 
 import json
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,45 @@ from regraft.config import Experiment, SweepSection
 from regraft.data.dataset import load_dataset
 
 
+@pytest.fixture
+def elsewhere():
+    """The URL of an endpoint whose model knows the form of every answer, and what it was asked."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            choice = {"message": {"content": "The number is 0."}, "finish_reason": "stop"}
+            usage = {"prompt_tokens": 9, "completion_tokens": 5}
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [choice], "usage": usage}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    server.shutdown()
+    server.server_close()
+
+
 def test_a_sweep_uses_both_nodes_and_records_every_trial(
-    two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path
+    two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path, elsewhere
 ):
     import ray
 
+    from jobs.console import show_leaderboard
+    from regraft.selection.rank import rank
     from regraft.tuning.sweep import run_sweep
 
+    url, asked = elsewhere
     experiment = Experiment.load(tiny_experiment)
+    endpoint = {"name": "endpoint", "url": url, "model": "larger", "price_out": 100}
+    sweep = experiment.sweep.model_copy(update={"methods": (*experiment.sweep.methods, endpoint)})
+    experiment = experiment.model_copy(update={"sweep": sweep})
     dataset = load_dataset(experiment.name, experiment.data)
     lines: list[str] = []
     _, run_id, results, *_ = run_sweep(
@@ -31,6 +64,7 @@ def test_a_sweep_uses_both_nodes_and_records_every_trial(
         "lora rank=4 lr=0.01": "completed",
         "full lr=0.001": "completed",
         "prompt_tuning tokens=4 lr=0.01": "completed",
+        f"endpoint larger at {url}": "completed",
     }
     assert run_id
     trained = [r for r in results if not r.is_control]
@@ -48,6 +82,22 @@ def test_a_sweep_uses_both_nodes_and_records_every_trial(
     assert same_run == run_id
     assert {r.run_id for r in found} == {r.run_id for r in results}
     assert not any(line.startswith("started") for line in again)
+
+    # What answers elsewhere was asked once, is best, and wins nothing.
+    best = results[-1]
+    count = len(best.report.examples)
+    assert best.method["name"] == "endpoint"
+    assert (best.eval_loss, best.cost.answer_money) == (None, pytest.approx(count * 5 * 100 / 1e6))
+    assert len([body for body in asked if not body.get("stream")]) == count
+    params = MlflowClient(mlflow_url).get_run(best.run_id).data.params
+    assert (params["method"], params["url"], params["model"]) == ("endpoint", url, "larger")
+    board = rank(
+        results, sweep_id="s", objective="rougeL", constraints=(), tie_break=None, level=0.95, resamples=200
+    )
+    assert board.rows[0].key == best.key
+    assert board.rows[0].is_control
+    assert board.winner_key in {r.key for r in trained}
+    show_leaderboard(board)  # copes with a trial that has no loss
 
 
 def test_a_trial_that_cannot_fit_is_infeasible_with_its_reason_and_the_sweep_goes_on(

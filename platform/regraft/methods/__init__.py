@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter
 
 from regraft.methods.adalora import AdaLoRA
 from regraft.methods.base import Method
+from regraft.methods.endpoint import Endpoint
 from regraft.methods.few_shot import FewShot
 from regraft.methods.full import Full
 from regraft.methods.ia3 import IA3
@@ -29,6 +30,7 @@ from regraft.methods.zero_shot import ZeroShot
 AnyMethod = Annotated[
     ZeroShot
     | FewShot
+    | Endpoint
     | Full
     | LoRA
     | RsLoRA
@@ -73,6 +75,7 @@ __all__ = [
     "AdaLoRA",
     "AnyMethod",
     "DoRA",
+    "Endpoint",
     "FewShot",
     "Full",
     "LoHa",

@@ -55,6 +55,8 @@ class Method(BaseModel):
 
     kind: ClassVar[Kind] = "adapter"
     support: ClassVar[Support] = Support()
+    #: Whether its answers come from an endpoint, so that no base is loaded here.
+    remote: ClassVar[bool] = False
     #: Whether `release` gives the base back as it was before training.
     keeps_base: ClassVar[bool] = True
     #: Time of a step by its count of operations, beside LoRA's; measured by `benchmarks/preflight.py` on a

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from regraft.config import Experiment
 from regraft.methods import Method
 from regraft.models import ResolvedModel, pick_device
+from regraft.methods.endpoint import Endpoint
 from regraft.records import DatasetVersion, content_hash
 from regraft.search import Grid
 from regraft.training.memory import least_gib
@@ -127,6 +128,10 @@ def describe(experiment: Experiment, base: Path, train_tokens: int = 0) -> list[
         workers = sweep.workers_per_trial if by_ray_train(method, experiment) else 1
         batching = Batching.of(sweep, experiment.evaluate, sharded=sweep.shard and workers > 1)
         memory = predict(method, base, dtype, device, batching)
+        if isinstance(method, Endpoint):
+            note = f"{method.missing_key} here" if method.missing_key else ""
+            rows.append(Forecast(method.label, "at its endpoint", "–", "–", note))
+            continue
         limit, note = sweep.trial_memory_gib, ""
         if limit is not None and memory.gib > limit:
             tokens = micro_tokens(method, base, dtype, device, batching, limit)

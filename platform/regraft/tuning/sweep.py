@@ -306,7 +306,7 @@ def _trial(config: dict[str, Any], dataset_ref: list[Any], work: type[Attempt] |
         name = f"{spec.sweep_id}-{tune.get_context().get_trial_id()}"
         run_with_ray_train(spec, dataset_ref, name=name, storage=spec.storage)
         return
-    if work is None:
+    if work is None and not spec.parsed.remote:
         import torch
 
         torch.set_num_threads(max(1, int(spec.sweep.cpus_per_trial)))
