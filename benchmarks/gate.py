@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from regraft.records import EvalReport, ExampleScore
-from regraft.selection.gate import judge
+from regraft.selection.gate import Candidate, Rules, judge
 
 SCORES = Path(__file__).parent / "gate_scores.json"
 SIZES, EFFECTS = (50, 100, 200, 400), (0.0, 0.01, 0.02, 0.03, 0.05)
@@ -88,10 +88,8 @@ def simulate(
     noise = noise - noise.mean()
     drawn = rng.integers(0, before.size, size=size)
     incumbent, challenger = before[drawn], before[drawn] + noise[drawn] + effect
-    decision = judge(
-        report(challenger), report(incumbent), challenger_name="new", incumbent_name="old",
-        objective="rougeL", margin=0.02, level=level, resamples=1000,
-    )  # fmt: skip
+    rules = Rules(objective="rougeL", margin=0.02, level=level, resamples=1000)
+    decision = judge(Candidate("new", report(challenger)), Candidate("old", report(incumbent)), None, rules)
     return decision.outcome == "promote"
 
 

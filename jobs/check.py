@@ -102,6 +102,7 @@ def _check_inputs(experiment: Experiment, dataset: DatasetVersion, base: Path) -
 
     Gives the tokens of the training set.
     """
+    from regraft.data.dataset import evaluation_parts
     from regraft.methods.base import empty_causal_lm
     from regraft.methods.tuner import TunerMethod
     from regraft.models import embedding_rows, load_tokenizer
@@ -112,8 +113,9 @@ def _check_inputs(experiment: Experiment, dataset: DatasetVersion, base: Path) -
     has_system = any(e.messages[0].role == "system" for split in dataset.splits.values() for e in split)
     if has_system and not writes_system(tokenizer):
         say("the base's template has no system turn: its text goes before the first user turn's, everywhere")
+    parts = evaluation_parts(dataset, experiment.evaluate.final_share)
     found = {"train": encode_train(tokenizer, dataset, experiment.sweep, rows)}
-    found["evaluation loss"] = encode_evaluation(tokenizer, dataset, experiment.sweep, rows)
+    found["evaluation loss"] = encode_evaluation(tokenizer, parts.selection, experiment.sweep, rows)
     for name, encodings in found.items():
         console.print(f"{name}: {encodings.summary}", markup=False)
     skeleton = empty_causal_lm(base)

@@ -38,7 +38,8 @@ def stage(number: int, total: int, title: str) -> None:
 def show_leaderboard(board: Leaderboard) -> None:
     """Print a leaderboard."""
     table = Table(title=f"Leaderboard of {board.sweep_id}, by {board.objective}")
-    columns = ["#", "candidate", f"{board.objective} (95 % interval)", "eval loss", "train s", "memory GiB"]
+    columns = ["#", "candidate", f"{board.objective} (95 % interval)", "final", "eval loss", "train s"]
+    columns += ["memory GiB"]
     columns += ["trainable", "p95 ms", "tok/s", ""]
     for name in columns:
         table.add_column(name, justify="left" if name in {"candidate", ""} else "right", no_wrap=name != "")
@@ -50,6 +51,7 @@ def show_leaderboard(board: Leaderboard) -> None:
             str(row.rank or "–"),
             row.label,
             f"{quality.mean:.3f} ({quality.low:.3f}–{quality.high:.3f})" if quality else "–",
+            f"{row.final.mean:.3f}" if row.final else "–",
             _number(m, "eval_loss", ".3f"),
             _number(m, "train_seconds", ".0f"),
             _number(m, "memory_peak_gib", ".2f"),
@@ -70,18 +72,41 @@ def _number(metrics: dict[str, float], name: str, form: str) -> str:
 def show_decision(decision: PromotionDecision) -> None:
     """Print the gate's word and its evidence."""
     table = Table(title=f"{decision.challenger} against {decision.incumbent}: {decision.outcome}")
-    for name in ("evaluation set", "examples", "before", "after", "difference", "95 % interval"):
-        table.add_column(name, justify="left" if name == "evaluation set" else "right")
+    words = {"evaluation set", "against"}
+    for name in (
+        "evaluation set",
+        "against",
+        "examples",
+        "theirs",
+        "its",
+        "difference",
+        "95 % interval",
+        "p",
+    ):
+        table.add_column(name, justify="left" if name in words else "right")
     for c in decision.evidence:
         table.add_row(
             c.split,
+            c.against,
             str(c.examples),
             f"{c.incumbent_mean:.3f}",
             f"{c.challenger_mean:.3f}",
             f"{c.difference:+.3f}",
             f"{c.low:+.3f} to {c.high:+.3f}",
+            f"{c.p_value:.2g}",
         )
     Console(width=max(console.width, 120)).print(table)
+    for check in decision.checks:
+        value = "not recorded" if check.challenger is None else f"{check.challenger:.4g}"
+        beside = "" if check.incumbent is None else f" the {check.incumbent:.4g} of {check.against}"
+        held = "holds" if check.ok else "does not hold"
+        console.print(f"  {check.figure} {value}: {check.rule}{beside}: {held}", markup=False)
+    if decision.parity is not None:
+        ways = ", ".join(
+            f"{name} {path.equal + path.ties} of {path.prompts}"
+            for name, path in decision.parity.paths.items()
+        )
+        console.print(f"  answers alike however it is run: {ways}", markup=False)
     console.print(f"{decision.outcome}: {decision.reason}", markup=False)
 
 

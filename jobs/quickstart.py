@@ -17,10 +17,12 @@ import httpx
 
 from jobs.check_drift import check_drift, submit_retrain
 from jobs.console import console, say, show_decision, show_drift, show_leaderboard, stage
+from jobs.evaluation_sets import with_registered
+from jobs.promotion import promote_winner
 from jobs.replay import Replayed, replay
 from jobs.retrain import outcome_file
 from jobs.serve import serve, wait_for_champion
-from jobs.sweep import promote_winner, sweep
+from jobs.sweep import sweep
 from jobs.workspace import Connection, Workspace, connected
 from regraft.cluster.jobs import follow
 from regraft.config import Experiment
@@ -114,12 +116,13 @@ class Quickstart:
     def _sweep(self, dataset: DatasetVersion, connection: Connection) -> ModelVersion:
         found = self.workspace.found("sweep", self.key)
         if found is None:
+            dataset = with_registered(self.experiment, dataset, connection.registry, say)
             board, results, _ = sweep(self.experiment, dataset, connection)
             say(f"MLflow: {connection.tracker(self.experiment).leaderboard_url()}")
             started = time.monotonic()
             stage(STAGES.index("selection") + 1, len(STAGES), "selection")
             show_leaderboard(board)
-            version, decision = promote_winner(self.experiment, board, results, connection)
+            version, decision = promote_winner(self.experiment, dataset, board, results, connection)
             self.seconds["selection"] = time.monotonic() - started
             show_decision(decision)
             if decision.outcome != "promote":

@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 
 from jobs.console import Say, say, show_decision, show_leaderboard
-from jobs.sweep import gate, result_of, settle, sweep
+from jobs.evaluation_sets import with_registered
+from jobs.promotion import promote_winner
+from jobs.sweep import sweep
 from jobs.workspace import Connection, Workspace, connected
 from regraft.config import Experiment
 from regraft.data.chats import read_chats
-from regraft.data.dataset import load_dataset, make_dataset, union_of_evaluations
+from regraft.data.dataset import load_dataset, make_dataset
 from regraft.errors import DataError, RegraftError
-from regraft.records import DatasetVersion, EvalReport, ModelVersion, PromotionDecision, RetrainDecision
+from regraft.records import DatasetVersion, ModelVersion, PromotionDecision, RetrainDecision
 from regraft.search import Grid
 
 
@@ -60,47 +62,6 @@ def retrain_experiment(experiment: Experiment, champion: ModelVersion) -> Experi
     return experiment.model_copy(update={"sweep": experiment.sweep.model_copy(update=update)})
 
 
-def score_champion(
-    experiment: Experiment, champion: ModelVersion, dataset: DatasetVersion, connection: Connection
-) -> EvalReport:
-    """The champion's scores on all evaluation sets; what was scored before is not asked again."""
-    import ray
-
-    known = result_of(champion, connection).report
-    folder = connection.registry.fetch(champion.logged_model_id)
-    arguments = (experiment, champion, dataset, known, folder)
-    task = ray.remote(num_cpus=experiment.sweep.cpus_per_trial, num_gpus=experiment.sweep.gpus_per_trial)(
-        _score
-    )
-    report: EvalReport = ray.get(task.remote(*arguments))
-    return report
-
-
-def _score(
-    experiment: Experiment,
-    version: ModelVersion,
-    dataset: DatasetVersion,
-    known: EvalReport | None,
-    folder: Path,
-) -> EvalReport:
-    from regraft.methods import parse_method
-    from regraft.models import load_tokenizer, pick_device, resolve
-    from regraft.training.candidate import score
-
-    base = resolve(version.base_model, None)
-    device = pick_device(experiment.model.device)
-    model = parse_method(version.method).load(base.path, folder, experiment.model.dtype, device)
-    return score(
-        model,
-        load_tokenizer(base.path),
-        union_of_evaluations(dataset),
-        experiment.evaluate,
-        dataset_id=dataset.id,
-        split="evaluation",
-        known=known.examples if known else (),
-    )
-
-
 def retrain(
     experiment: Experiment, decision: RetrainDecision, connection: Connection, say: Say = say
 ) -> tuple[ModelVersion, PromotionDecision]:
@@ -112,26 +73,13 @@ def retrain(
     champion = connection.registry.by_alias(experiment.name, "champion")
     if champion is None:
         raise RegraftError(f"{experiment.name} has no champion to retrain from", "run `regraft sweep` first")
-    dataset = fresh_dataset(experiment)
+    dataset = with_registered(experiment, fresh_dataset(experiment), connection.registry, say)
     say(f"dataset {dataset.id}: {len(dataset.split('train'))} to train on, evaluated on " + ", ".join(
         f"{len(rows)} of {name}" for name, rows in dataset.splits.items() if name != "train"))  # fmt: skip
     narrowed = retrain_experiment(experiment, champion)
     board, results, _ = sweep(narrowed, dataset, connection, say, {"retrain_decision": decision.id})
     show_leaderboard(board)
-    winner = next((r for r in results if r.key == board.winner_key), None)
-    if winner is None or winner.report is None:
-        raise RegraftError(
-            f"the retraining gave no challenger: {board.winner_reason}", "see its runs in MLflow"
-        )
-    version = connection.registry.register(experiment.name, winner)
-    settled = connection.registry.promotion(version)
-    if champion == version and settled is not None:
-        return version, settled  # an earlier attempt of this job went this far
-    say(f"scoring {champion.served_id} on the fresh evaluation set")
-    incumbent = score_champion(experiment, champion, dataset, connection)
-    verdict = gate(experiment, version, winner.report, incumbent, champion.served_id)
-    settle(experiment, version, winner.report, verdict, champion, connection)
-    return version, verdict
+    return promote_winner(experiment, dataset, board, results, connection, say)
 
 
 def outcome_file(connection: Connection, decision_id: str) -> Path:

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from regraft.errors import ConfigError
 from regraft.explain import did_you_mean, dotted, explain, explain_method, place
-from regraft.records import Cost, Speed
+from regraft.records import FIGURES
 from regraft.search import SearchError, expand
 from regraft.sections import (
     BudgetSection,
@@ -72,23 +72,44 @@ class Experiment(Section):
     tracking: TrackingSection = TrackingSection()
     cluster: ClusterSection = ClusterSection()
 
+    @property
+    def directions(self) -> dict[str, str]:
+        """Which way each recorded figure is better: `higher`, `lower`, or empty for neither."""
+        found = dict.fromkeys([*FIGURES, "eval_loss"], "lower") | {
+            "tokens_seen": "",
+            "tokens_per_second": "higher",
+        }
+        outputs = (out for metric in self.evaluate.metrics for out in (*metric.outputs, *metric.wholes))
+        return found | {out.name: out.better for out in outputs}
+
     @model_validator(mode="after")
     def _known_metrics(self) -> Experiment:
-        outputs = {out.name: out for metric in self.evaluate.metrics for out in metric.outputs}
-        names, aim = set(outputs), self.select.maximise
-        if aim not in names:
-            raise ValueError(f"select.maximise: is {aim!r}, but evaluate.metrics gives {sorted(names)}")
-        if outputs[aim].better != "higher":
-            raise ValueError(f"select.maximise: of {aim!r} more is not better; bound it in select.subject_to")
-        names |= {out.name for metric in self.evaluate.metrics for out in metric.wholes}
-        figures = names | {"eval_loss"} | set(Cost.model_fields) | set(Speed.model_fields) - {"how"}
-        used = {f"select.subject_to.{i}": c.metric for i, c in enumerate(self.select.subject_to)}
+        directions, select = self.directions, self.select
+        names = sorted(out.name for metric in self.evaluate.metrics for out in metric.outputs)
+        if select.maximise not in names:
+            raise ValueError(f"select.maximise: is {select.maximise!r}, but evaluate.metrics gives {names}")
+        if directions[select.maximise] != "higher":
+            raise ValueError(
+                f"select.maximise: of {select.maximise!r} more is not better; bound it in select.subject_to"
+            )
+        bounds = {
+            "select.subject_to": select.subject_to,
+            "select.gate.subject_to": select.gate.subject_to or (),
+        }
+        used = {f"{where}.{i}": c.metric for where, own in bounds.items() for i, c in enumerate(own)}
         for aim in ("minimise", "maximise"):
             used |= {f"sweep.search.{aim}.{i}": n for i, n in enumerate(getattr(self.sweep.search, aim, ()))}
+        falling = {f"select.gate.at_most_times.{name}": name for name in select.gate.at_most_times}
+        falling |= {"select.tie_break": select.tie_break} if select.tie_break else {}
+        used |= falling | {f"select.gate.not_worse.{name}": name for name in select.gate.not_worse or ()}
         for where, name in used.items():
-            if name not in figures:
-                hint = did_you_mean(name, figures) or f"; there are {sorted(figures)}"
+            if name not in directions:
+                hint = did_you_mean(name, directions) or f"; there are {sorted(directions)}"
                 raise ValueError(f"{where}: no trial records {name!r}{hint}")
+            if where in falling and directions[name] != "lower":
+                raise ValueError(f"{where}: of {name!r} less is not better")
+            if "not_worse" in where and not directions[name]:
+                raise ValueError(f"{where}: neither more nor less of {name!r} is better")
         return self
 
     @model_validator(mode="after")

@@ -132,6 +132,7 @@ class EvalReport(Record):
     """Per-example scores of one candidate on one evaluation set.
 
     `whole` has the figures that only all answers together have, `whole_failures` why some are missing.
+    `asked` is a hash of how it was asked and scored: reports may be put together where it is the same.
     """
 
     dataset_id: str
@@ -140,6 +141,7 @@ class EvalReport(Record):
     examples: tuple[ExampleScore, ...]
     whole: dict[str, float] = {}
     whole_failures: dict[str, str] = {}
+    asked: str = ""
 
     def mean(self, metric: str) -> float:
         """Mean of a metric over the examples on which it did not fail.
@@ -164,14 +166,32 @@ class EvalReport(Record):
         return sum(len(e.failures) for e in self.examples) + len(self.whole_failures)
 
 
+def _numbers(record: Record) -> dict[str, float]:
+    return {k: float(v) for k, v in record.model_dump().items() if isinstance(v, int | float)}
+
+
 class Cost(Record):
-    """What a trial took."""
+    """What a trial took.
+
+    `money` is that of its training by `cluster.prices`, `answer_money` that of the evaluation's answers at an
+    endpoint, by its own prices. `energy_wh` is of its training; `energy_how` says what was counted, or how it
+    was estimated.
+    """
 
     train_seconds: float = 0.0
+    money: float = 0.0
     trainable_parameters: int = 0
     tokens_seen: int = 0
     memory_peak_gib: float = 0.0
     adapter_bytes: int = 0
+    answer_money: float = 0.0
+    energy_wh: float | None = None
+    energy_how: str = ""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What is a number and is known."""
+        return _numbers(self)
 
 
 class Speed(Record):
@@ -181,7 +201,21 @@ class Speed(Record):
     latency_p95_ms: float
     first_token_p50_ms: float
     tokens_per_second: float
+    first_token_p95_ms: float | None = None
+    token_p50_ms: float | None = None
+    token_p95_ms: float | None = None
     how: str
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What is a number and is known."""
+        return _numbers(self)
+
+
+#: Names of what is counted and measured of every trial.
+FIGURES = frozenset(
+    n for r in (Cost, Speed) for n, field in r.model_fields.items() if field.annotation is not str
+)
 
 
 class LossPoint(Record):
@@ -200,7 +234,8 @@ class TrialResult(Record):
     """One trial of a sweep: what it was, what came of it, where it is kept.
 
     `data` counts what became of the examples it trained on and took its loss over: kept, dropped, truncated.
-    `repeat_of` is the key of the trial that this one repeats with another seed.
+    `repeat_of` is the key of the trial that this one repeats with another seed. `report` is over what
+    candidates are chosen by, `final` over what the chosen are judged by, which most trials never see.
     """
 
     key: str
@@ -222,11 +257,17 @@ class TrialResult(Record):
     curve: tuple[LossPoint, ...] = ()
     speed: Speed | None = None
     report: EvalReport | None = None
+    final: EvalReport | None = None
 
     @property
     def is_control(self) -> bool:
-        """Whether this trial is the untuned base model, with examples in its prompt or without."""
-        return self.method.get("name") in {"zero_shot", "few_shot"}
+        """Whether it is there to be compared with: the untuned base, however prompted, or an endpoint."""
+        return self.method.get("name") in {"zero_shot", "few_shot"} or self.is_endpoint
+
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether a model elsewhere gave the answers."""
+        return self.method.get("name") == "endpoint"
 
     @property
     def figures(self) -> dict[str, float]:
@@ -234,10 +275,8 @@ class TrialResult(Record):
         found = self.report.means | self.report.whole if self.report else {}
         if self.eval_loss is not None:
             found["eval_loss"] = self.eval_loss
-        found |= {k: float(v) for k, v in self.cost.model_dump().items()}
-        if self.speed is not None:
-            found |= {k: float(v) for k, v in self.speed.model_dump(exclude={"how"}).items()}
-        return found
+        found |= self.cost.figures
+        return found | (self.speed.figures if self.speed else {})
 
 
 class Interval(Record):
@@ -253,7 +292,9 @@ class LeaderboardRow(Record):
     """One candidate of a leaderboard.
 
     Of one that was repeated, `quality` is over the examples' means of all its seeds, and `seeds` are the
-    seeds' own means; key, run and metrics are those of the first.
+    seeds' own means; key, run and metrics are those of the first. `final` is over examples that played no
+    part in the choice, where it was measured. `p_control` is the one-sided p-value of its lead on the best
+    control, corrected for how many candidates were held against it.
     """
 
     rank: int | None
@@ -264,15 +305,26 @@ class LeaderboardRow(Record):
     status: TrialStatus
     reason: str = ""
     quality: Interval | None = None
+    final: Interval | None = None
+    p_control: float | None = None
     seeds: tuple[float, ...] = ()
     metrics: dict[str, float] = {}
     on_pareto_front: bool = False
     is_control: bool = False
     meets_constraints: bool = False
 
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether a model elsewhere gave the answers."""
+        return self.method.get("name") == "endpoint"
+
 
 class Leaderboard(Record):
-    """Trials in order of the objective, with the winner among those that meet the constraints."""
+    """Trials in order of the objective, with the winner among those that meet the constraints.
+
+    `optimism` is by how much the best of so many may look better than it is on what it was chosen by, in the
+    objective's unit: an estimate, by resampling.
+    """
 
     sweep_id: str
     dataset_id: str
@@ -280,6 +332,7 @@ class Leaderboard(Record):
     rows: tuple[LeaderboardRow, ...]
     winner_key: str | None = None
     winner_reason: str = ""
+    optimism: float | None = None
 
     def marks(self, row: LeaderboardRow) -> list[str]:
         """What a table says of a row beside its figures, for people."""
@@ -308,6 +361,62 @@ class ModelVersion(Record):
         return f"{self.name}/{self.version}"
 
 
+class AnswerDifference(Record):
+    """Two answers to one prompt that are not the same.
+
+    `token` is the index of the first token that differs, and `gap` how much likelier the reference model
+    finds the one continuation there than the other, in nats; infinite where only one of them goes on.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    prompt: str
+    expected: str
+    got: str
+    token: int
+    gap: float
+    tie: bool
+
+
+class PathParity(Record):
+    """Answers of one way to run a version beside those of its adapter on its base.
+
+    `largest_gap` is that of all differences, `tolerance` what passes for a tie, both in nats; `differences`
+    are a few of them, those that do not pass first.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    prompts: int
+    equal: int
+    ties: int
+    largest_gap: float
+    tolerance: float
+    differences: tuple[AnswerDifference, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether all answers are the same, but for ties."""
+        return self.equal + self.ties == self.prompts
+
+
+class Parity(Record):
+    """Whether a version gives the same greedy answers however it is run.
+
+    `paths` are the ways that were compared with the adapter on its base (`merged`, `served`, `recorded`),
+    `left_out` why others were not.
+    """
+
+    version: str
+    paths: dict[str, PathParity]
+    left_out: dict[str, str] = {}
+
+    @property
+    def ok(self) -> bool:
+        """Whether what is served, and every other way that was compared, answers alike."""
+        return "served" in self.paths and all(path.ok for path in self.paths.values())
+
+
 class Comparison(Record):
     """A paired comparison of two candidates over the same examples.
 
@@ -317,6 +426,7 @@ class Comparison(Record):
     """
 
     metric: str
+    against: str = ""
     split: str
     examples: int
     challenger_mean: float
@@ -328,8 +438,26 @@ class Comparison(Record):
     p_value: float
 
 
+class GateCheck(Record):
+    """One bound of the gate: a figure of the challenger, what it was held against, and whether it held.
+
+    `incumbent` is the figure of whom it is compared with, where it is; None for a bound of its own.
+    """
+
+    figure: str
+    challenger: float | None
+    against: str = ""
+    incumbent: float | None = None
+    rule: str
+    ok: bool
+
+
 class PromotionDecision(Record):
-    """The gate's word on a challenger, with its evidence."""
+    """The gate's word on a challenger, with its evidence.
+
+    `incumbent` is the champion, or the control before there is one. `examples_to_settle` is about how many
+    would tell whether a lead of the size that was seen is one, where that is open.
+    """
 
     id: str
     outcome: Literal["promote", "reject", "inconclusive"]
@@ -337,6 +465,9 @@ class PromotionDecision(Record):
     challenger: str
     incumbent: str
     evidence: tuple[Comparison, ...]
+    checks: tuple[GateCheck, ...] = ()
+    parity: Parity | None = None
+    examples_to_settle: int | None = None
 
 
 class CapturedExchange(Record):

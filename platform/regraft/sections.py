@@ -5,11 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from regraft.evals import AnyMetric, default_metrics
+from regraft.evals import AnyMetric, Metric, default_metrics
 from regraft.methods import METHODS_BY_NAME, Method
 from regraft.methods.base import DTypeName
+from regraft.records import content_hash
 from regraft.search import AnySearch, AnyStopping, Arm, Asha, Grid, arms
 
 
@@ -235,6 +244,13 @@ class SweepSection(Section):
         return self.model_copy(update=update)
 
 
+def _decisive(metric: Metric) -> dict[str, Any]:
+    files = {name: value for name, value in metric if isinstance(value, Path)}
+    found = metric.model_dump(mode="json", exclude={*metric.indecisive, *files})
+    found |= {k: content_hash(f.read_text(encoding="utf-8")) if f.is_file() else "" for k, f in files.items()}
+    return found | {"version": metric.version}
+
+
 class EvaluateSection(Section):
     """How candidates are scored."""
 
@@ -242,6 +258,32 @@ class EvaluateSection(Section):
     max_new_tokens: int = Field(64, ge=1)
     batch_size: int = Field(32, ge=1)
     latency_prompts: int = Field(4, ge=1, description="Prompts answered one by one to measure latency.")
+    final_share: float = Field(
+        0.5,
+        ge=0,
+        le=0.9,
+        description="Share of each evaluation set that candidates are not chosen by: the chosen are judged "
+        "by it, once. 0 uses all examples for both, and what is chosen looks better than it is.",
+    )
+    finals: int = Field(
+        8,
+        ge=1,
+        description="How many candidates are measured once more when the sweep is over, one at a time: the "
+        "best of each method, and the controls.",
+    )
+
+    @field_validator("metrics")
+    @classmethod
+    def _each_figure_once(cls, value: tuple[Metric, ...]) -> tuple[Metric, ...]:
+        names = [out.name for metric in value for out in (*metric.outputs, *metric.wholes)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two metrics give {', '.join(twice)}: name each metric once")
+        return value
+
+    @property
+    def asked(self) -> str:
+        """A hash of what decides a score: files by their content, whatever has no say left out."""
+        return content_hash([self.max_new_tokens, [_decisive(metric) for metric in self.metrics]])
 
 
 class Constraint(Section):
@@ -252,11 +294,47 @@ class Constraint(Section):
     bound: float
 
 
+Bounds = Annotated[tuple[Constraint, ...], BeforeValidator(lambda value: _constraints(value))]
+
+
+class GateSection(Section):
+    """What a challenger must show beside a higher objective.
+
+    The incumbent is the champion, or the best of the untuned base's controls before there is one.
+    """
+
+    control: bool = Field(
+        True,
+        description="The best of the untuned base's controls must be beaten too, and not a champion alone.",
+    )
+    subject_to: Bounds | None = Field(
+        None,
+        description="Bounds on the challenger's own figures, over the final examples; if not given, "
+        "select.subject_to, and `forgetting <= 1` where that is evaluated.",
+    )
+    not_worse: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
+        None,
+        description="Figures in which it may be worse than the incumbent by so much at most, in their unit; "
+        "if not given, those of safety and form that are evaluated: refusal 0.05, pii 0.02, toxicity 0.02, "
+        "repetition 0.1.",
+    )
+    at_most_times: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {"token_p50_ms": 1.5},
+        description="Figures that may be so many times the incumbent's at most, where both were measured.",
+    )
+
+
 class SelectSection(Section):
     """How the winner is chosen and what a challenger must show."""
 
     maximise: str = "rougeL"
-    subject_to: tuple[Constraint, ...] = ()
+    subject_to: Bounds = ()
+    tie_break: str | None = Field(
+        "train_seconds",
+        description="Of the best and those within one standard error of it, the one with the least of this "
+        "figure wins; null for the best whatever it costs.",
+    )
+    gate: GateSection = GateSection()
     confidence: float = Field(
         0.95,
         gt=0.5,
@@ -270,11 +348,6 @@ class SelectSection(Section):
         ge=0,
         description="How much a challenger may lose on any one evaluation set, in the metric's unit.",
     )
-
-    @field_validator("subject_to", mode="before")
-    @classmethod
-    def _parse(cls, value: Any) -> Any:
-        return [_constraint(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 class ServeSection(Section):
@@ -354,6 +427,10 @@ class ClusterSection(Section):
         description="Price of an hour of one CPU and of one GPU, or of accelerators by name: the dearest "
         "of several counts.",
     )
+
+
+def _constraints(value: Any) -> Any:
+    return [_constraint(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _constraint(value: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from regraft.config import Constraint
 from regraft.records import Cost, EvalReport, ExampleScore, Leaderboard, PromotionDecision, Speed, TrialResult
-from regraft.selection.gate import judge
+from regraft.selection.gate import Candidate, Rules, judge
 from regraft.selection.rank import rank
 from regraft.selection.resampling import mean_interval, paired_comparison, sign_flip_p_value
 
@@ -64,7 +64,8 @@ def board(*trials: TrialResult, constraints: Sequence[str] = ()) -> Leaderboard:
         metric, sense, bound = text.split()
         bounds.append(Constraint.model_validate({"metric": metric, "sense": sense, "bound": bound}))
     return rank(
-        trials, sweep_id="s", objective="rougeL", constraints=bounds, level=0.95, resamples=200
+        trials, sweep_id="s", objective="rougeL", constraints=bounds, tie_break="train_seconds",
+        level=0.95, resamples=200,
     )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def test_value_at_the_bound_meets_the_constraint() -> None:
 def test_figure_that_was_not_recorded_meets_no_constraint() -> None:
     found = board(trial("a", 0.5), constraints=["judge >= 0"])
     assert found.winner_key is None
-    assert "judge is not recorded" in row(found, "a").reason
+    assert "judge was not measured" in row(found, "a").reason
 
 
 def test_trials_without_a_result_are_kept_with_their_reason_below_the_ranked() -> None:
@@ -161,16 +162,8 @@ def noisy(mean: float, count: int, seed: int, spread: float = 0.3) -> list[float
 
 
 def verdict(challenger: EvalReport, incumbent: EvalReport, margin: float = 0.02) -> PromotionDecision:
-    return judge(
-        challenger,
-        incumbent,
-        challenger_name="support/2",
-        incumbent_name="support/1",
-        objective="rougeL",
-        margin=margin,
-        level=0.95,
-        resamples=1000,
-    )
+    rules = Rules("rougeL", margin, 0.95, 1000)
+    return judge(Candidate("support/2", challenger), Candidate("support/1", incumbent), None, rules)
 
 
 def test_challenger_that_is_clearly_better_is_promoted() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from regraft.config import DataSection
 from regraft.data.chats import read_chats
 from regraft.data.checks import find_leaks, without_repeats
 from regraft.errors import DataError
 from regraft.records import DatasetVersion, Example, content_hash
+from regraft.selection.split import final_part, selection_part
 
 
 def load_dataset(name: str, section: DataSection) -> DatasetVersion:
@@ -94,3 +96,32 @@ def union_of_evaluations(dataset: DatasetVersion) -> tuple[Example, ...]:
         for split in evaluation_splits(dataset)
         for e in dataset.split(split)
     )
+
+
+class Parts(NamedTuple):
+    """The evaluation examples in two parts, each example tagged with its set."""
+
+    selection: tuple[Example, ...]
+    final: tuple[Example, ...]
+
+
+def evaluation_parts(dataset: DatasetVersion, final_share: float) -> Parts:
+    """What candidates are chosen by, and what the chosen are judged by.
+
+    Args:
+        dataset: With its evaluation sets.
+        final_share: `evaluate.final_share`.
+
+    Raises:
+        DataError: If there is nothing to choose by, or to judge by.
+    """
+    union = union_of_evaluations(dataset)
+    parts = Parts(selection_part(union, final_share), final_part(union, final_share))
+    for part, purpose in zip(parts, ("to choose by", "to judge the chosen by"), strict=True):
+        if not part:
+            raise DataError(
+                f"evaluate.final_share = {final_share:g} leaves none of {len(union)} evaluation examples "
+                + purpose,
+                "add evaluation examples, or set evaluate.final_share to 0: the same to choose and to judge",
+            )
+    return parts

@@ -60,6 +60,8 @@ class Metric(BaseModel):
     wholes: ClassVar[tuple[Output, ...]] = ()
     #: Whether `Answer.likelihood` is needed.
     asks_likelihood: ClassVar[bool] = False
+    #: Settings that change no score: of prices, patience, access.
+    indecisive: ClassVar[frozenset[str]] = frozenset()
     #: The figure of a whole set that must be known before the gate may go by this metric; empty for none.
     trusted_by: ClassVar[str] = ""
 

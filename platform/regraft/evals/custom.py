@@ -74,6 +74,11 @@ class Custom(Metric):
         return self.metric.trusted_by
 
     @property
+    def indecisive(self) -> frozenset[str]:  # type: ignore[override]
+        """The metric's own."""
+        return self.metric.indecisive
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """The metric's own."""
         return self.metric.texts

@@ -80,6 +80,9 @@ class Judge(Metric):
         (Output("judge_correlation", "correlation"), Output("judge_labels", "labels", "")),
     )
     #: The gate may go by the judge only where this is known and at least `min_correlation`.
+    indecisive: ClassVar[frozenset[str]] = frozenset(
+        {"api_key_env", "timeout_seconds", "concurrency", "price_in", "price_out", "min_correlation"}
+    )
     trusted_by: ClassVar[str] = "judge_correlation"
 
     name: Literal["judge"] = "judge"

@@ -88,8 +88,10 @@ def _tables(report: SweepReport) -> list[tuple[str, str, Table]]:
     sections = [
         (
             "Each method's best",
-            f"Differences in {board.objective} are paired over the examples, with their interval; time and "
-            "memory are shares of what full fine-tuning took.",
+            f"Differences in {board.objective} are paired over the examples, with their interval; p is of the "
+            "lead on the control, corrected for how many candidates were held against it; time and memory are "
+            "shares of what full fine-tuning took. Final is over examples that nobody was chosen by, and "
+            "latency is measured alone, when the sweep is over.",
             _method_table(report),
         ),
         ("All trials", "", _trial_table(report)),
@@ -137,12 +139,20 @@ def _tables(report: SweepReport) -> list[tuple[str, str, Table]]:
 
 def _method_table(report: SweepReport) -> Table:
     objective = report.board.objective
-    head = ["method", "best", objective, "against full", "against control", "time", "memory", "p95 ms", ""]
+    head = ["method", "best", objective, "final", "against full", "against control", "p", "time", "memory"]
+    head += ["p95 ms", ""]
     rows = [head, *(_method_row(facts) for facts in report.methods)]
     if report.control is not None:
         control = report.control
         latency = _number(control, "latency_p95_ms", ",.0f")
-        rows.append([control.label, "control", _quality(control), *[""] * 4, latency, ""])
+        final = _final(control)
+        rows.append([control.label, "control", _quality(control), final, *[""] * 5, latency, ""])
+    for endpoint, _ in report.endpoints:
+        latency, cost = _number(endpoint, "latency_p95_ms", ",.0f"), _number(endpoint, "answer_money", ".4g")
+        words = f"answers cost {cost}" if cost else ""
+        rows.append(
+            [endpoint.label, "control", _quality(endpoint), _final(endpoint), *[""] * 5, latency, words]
+        )
     return rows
 
 
@@ -152,8 +162,10 @@ def _method_row(facts: MethodFacts) -> list[str]:
         facts.method,
         facts.best.label,
         _quality(facts.best),
+        _final(facts.best),
         _difference(facts.against_full),
         _difference(facts.against_control),
+        "" if facts.best.p_control is None else f"{facts.best.p_control:.2g}",
         f"{facts.seconds_ratio:.0%}" if facts.seconds_ratio else "",
         f"{facts.memory_ratio:.0%}" if facts.memory_ratio else "",
         _number(facts.best, "latency_p95_ms", ",.0f"),
@@ -198,6 +210,10 @@ def _charts(report: SweepReport) -> str:
 def _quality(row: LeaderboardRow | Slice) -> str:
     q = row.quality
     return f"{q.mean:.3f} ({q.low:.3f} to {q.high:.3f})" if q else ""
+
+
+def _final(row: LeaderboardRow) -> str:
+    return f"{row.final.mean:.3f}" if row.final else ""
 
 
 def _difference(c: Comparison | None) -> str:

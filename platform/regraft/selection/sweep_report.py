@@ -50,12 +50,16 @@ class Sample(NamedTuple):
 
 
 class SweepReport(NamedTuple):
-    """All that a reader needs to choose."""
+    """All that a reader needs to choose.
+
+    `control` is the best of the untuned base; `endpoints` are models elsewhere, with the winner against each.
+    """
 
     board: Leaderboard
     methods: tuple[MethodFacts, ...]
     ranks: tuple[RankEffect, ...]
     control: LeaderboardRow | None
+    endpoints: tuple[tuple[LeaderboardRow, Comparison | None], ...]
     full: LeaderboardRow | None
     near: tuple[tuple[LeaderboardRow, Comparison], ...]
     unfinished: tuple[LeaderboardRow, ...]
@@ -96,7 +100,7 @@ def report_on(
         )
 
     ranked = [row for row in board.rows if row.rank is not None]
-    control = next((row for row in ranked if row.is_control), None)
+    control = next((row for row in ranked if row.is_control and not row.is_endpoint), None)
     full = next((row for row in ranked if row.method["name"] == "full"), None)
     trained = [row for row in ranked if not row.is_control]
     names = dict.fromkeys(str(row.method["name"]) for row in trained)
@@ -105,6 +109,7 @@ def report_on(
         for name in names
     )
     winner = next((row for row in ranked if row.key == board.winner_key), None)
+    elsewhere = next((row for row in ranked if row.is_endpoint), None)
     near = []
     for row in trained:
         found = compare(row, winner)
@@ -116,19 +121,22 @@ def report_on(
         methods=methods,
         ranks=_ranks(trained, compare),
         control=control,
+        endpoints=tuple((row, compare(winner, row)) for row in ranked if row.is_endpoint),
         full=full,
         near=tuple(near),
         unfinished=tuple(r for r in board.rows if r.status in {"infeasible", "failed", "cancelled"}),
         left_out=tuple(left_out),
         samples=samples(
-            [results[key] for key in dict.fromkeys(r.key for r in (winner, full, control) if r)],
+            [results[key] for key in dict.fromkeys(r.key for r in (winner, full, control, elsewhere) if r)],
             board.objective,
         ),
         curves=_curves(board, results),
         slices=_slices(winner, results, board.objective, level, resamples),
         recommendation="",
     )
-    return report._replace(recommendation=_recommend(report, winner, compare(winner, control)))
+    said = [_recommend(report, winner, compare(winner, control))]
+    said += [_final_words(board, winner, results)] if winner else []
+    return report._replace(recommendation=" ".join(filter(None, said)))
 
 
 def _slices(
@@ -221,6 +229,30 @@ def samples(trials: Sequence[TrialResult], objective: str) -> tuple[Sample, ...]
     return tuple(found)
 
 
+def _against(endpoint: LeaderboardRow, found: Comparison) -> str:
+    """Whether tuning beat a model elsewhere."""
+    span = f"{found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+    if found.low > 0:
+        return f"It beats {endpoint.label} by {span}."
+    if found.high < 0:
+        return f"It does not reach {endpoint.label}: {span}."
+    return f"It is within noise of {endpoint.label}: {span}."
+
+
+def _final_words(board: Leaderboard, winner: LeaderboardRow, results: dict[str, TrialResult]) -> str:
+    """How the winner does where it was not chosen by; empty if nobody looked."""
+    final, chosen = results[winner.key].final, winner.quality
+    if final is None or winner.final is None or chosen is None:
+        return ""
+    luck = f", of which about {board.optimism:.3f} may be the luck of the best of several" * bool(
+        board.optimism
+    )
+    return (
+        f"It was chosen at {chosen.mean:.3f}{luck}; on {len(final.examples)} examples that played no part in "
+        f"the choice it scores {winner.final.mean:.3f} ({winner.final.low:.3f} to {winner.final.high:.3f})."
+    )
+
+
 def _recommend(report: SweepReport, winner: LeaderboardRow | None, gain: Comparison | None) -> str:
     """What to do, and why, in words."""
     objective = report.board.objective
@@ -236,6 +268,7 @@ def _recommend(report: SweepReport, winner: LeaderboardRow | None, gain: Compari
                 f"Its lead on the control, {span} over {gain.examples} examples, is within noise: prompting "
                 "alone may do as well, and more examples would tell."
             )
+    words += [_against(row, found) for row, found in report.endpoints if found is not None]
     seconds = winner.metrics.get("train_seconds", 0.0)
     cheaper = [row for row, _ in report.near if 0 < row.metrics.get("train_seconds", 0.0) < 0.8 * seconds]
     if cheaper:
@@ -243,7 +276,7 @@ def _recommend(report: SweepReport, winner: LeaderboardRow | None, gain: Compari
         times = seconds / least.metrics["train_seconds"]
         words.append(
             f"{least.label} is within noise of it and trained {times:.1f} times faster: where cost counts, "
-            "take that."
+            "take that, or see select.tie_break."
         )
     elif report.near:
         names = ", ".join(row.label for row, _ in report.near[:3])

@@ -9,7 +9,7 @@ from regraft.selection.render import markdown_table
 def markdown(leaderboard: Leaderboard) -> str:
     """Render a leaderboard for people."""
     names = sorted({name for row in leaderboard.rows for name in row.metrics})
-    head = ["rank", "trial", "status", leaderboard.objective, "Pareto", *names]
+    head = ["rank", "trial", "status", leaderboard.objective, "final", "Pareto", *names]
     lines = [
         f"# Sweep {leaderboard.sweep_id}",
         "",
@@ -31,6 +31,7 @@ def _cells(row: LeaderboardRow, names: list[str], wins: bool) -> list[str]:
         f"{label} (control)" if row.is_control else label,
         f"{row.status}: {row.reason}" if row.reason else row.status,
         interval,
+        f"{row.final.mean:.4f} [{row.final.low:.4f}, {row.final.high:.4f}]" if row.final else "",
         "yes" if row.on_pareto_front else "",
         *(f"{row.metrics[name]:.6g}" if name in row.metrics else "" for name in names),
     ]

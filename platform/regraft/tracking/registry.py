@@ -107,6 +107,20 @@ class Registry:
                 return tuple(sorted(found, key=lambda v: v.version))
 
     @guarded
+    def promoted(self, name: str) -> tuple[ModelVersion, ...]:
+        """Versions that once became the champion, the newest first."""
+        return tuple(v for v in reversed(self.versions(name)) if self._decided(v))
+
+    @guarded
+    def note_decision(self, version: ModelVersion, decision: PromotionDecision) -> None:
+        """Say on a version's page what the gate said of it last, and why."""
+        tags = {"gate.id": decision.id, "gate.outcome": decision.outcome, "gate.against": decision.incumbent}
+        for key, value in tags.items():
+            self._client.set_model_version_tag(version.name, str(version.version), key, value)
+        said = f"{decision.outcome}, against {decision.incumbent}: {decision.reason}"
+        self._client.update_model_version(version.name, str(version.version), said)
+
+    @guarded
     def by_alias(self, name: str, alias: str) -> ModelVersion | None:
         """The version that an alias points to; None if the model or the alias does not exist.
 
@@ -226,6 +240,11 @@ class Registry:
             shutil.copyfile(folder_or_file, renamed)
             parent = Path(name).parent.as_posix()
             self._client.log_artifact(run_id, str(renamed), None if parent == "." else parent)
+
+    @guarded
+    def has_artifact(self, run_id: str, name: str) -> bool:
+        """Whether a run has a file or folder by that name at its root."""
+        return any(found.path == name for found in self._client.list_artifacts(run_id))
 
     @guarded
     def load_artifact(self, run_id: str, name: str, into: Path) -> Path:

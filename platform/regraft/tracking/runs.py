@@ -164,6 +164,18 @@ class Tracker(Results):
         self._client.set_terminated(run_id, ENDS.get(status, "FINISHED"))
 
     @guarded
+    def add_final(self, result: TrialResult) -> None:
+        """Add to a trial's run, which has ended, what was measured of it afterwards."""
+        now, values = now_ms(), {}
+        if result.final is not None:
+            values = {f"final/{k}": v for k, v in (result.final.means | result.final.whole).items()}
+        if result.speed is not None:
+            values |= {f"speed/{k}": v for k, v in result.speed.figures.items()}
+        metrics = [Metric(key, value, now, 0) for key, value in values.items()]
+        self._client.log_batch(result.run_id, metrics=metrics, tags=end_tags(result.status, result.reason))
+        self._client.log_text(result.run_id, to_json(result), RESULT_FILE)
+
+    @guarded
     def close_running(self, sweep_id: str, results: Mapping[str, TrialResult]) -> None:
         """Close what still runs of an ended sweep, where it is known what became of it.
 

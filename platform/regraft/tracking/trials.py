@@ -226,13 +226,10 @@ class TrialRun:
         }
         if result.eval_loss is not None:
             quality["eval/loss"] = result.eval_loss
-        cost = result.cost.model_dump()
-        other = {f"cost/{name}": value for name, value in cost.items()}
+        other = {f"cost/{name}": value for name, value in result.cost.figures.items()}
         other |= {f"data/{name}": count for name, count in result.data.items()}
         if result.speed is not None:
-            other |= {
-                f"speed/{name}": value for name, value in result.speed.model_dump(exclude={"how"}).items()
-            }
+            other |= {f"speed/{name}": value for name, value in result.speed.figures.items()}
         # The Models tab shows the metrics that name both a model and a dataset, and no others.
         link: dict[str, str] = {}
         if result.logged_model_id and result.report:

@@ -9,15 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from regraft.data.dataset import union_of_evaluations
+from regraft.data.dataset import evaluation_parts
+from regraft.energy import EnergyMeter
 from regraft.errors import InfeasibleTrialError
 from regraft.methods import Method
 from regraft.methods.base import trainable_parameters
+from regraft.methods.endpoint import Endpoint
 from regraft.models import ResolvedModel, embedding_rows, load_tokenizer, pick_device, resolve
 from regraft.records import Cost, DatasetVersion, Example, LossPoint, TrialResult, TrialStatus
 from regraft.tracking.trials import TrialRun
 from regraft.training.batches import Encoded
-from regraft.training.candidate import BaseCache, score, speed
+from regraft.training.candidate import BaseCache, nats_of_texts, score, speed
 from regraft.training.checkpoints import Checkpoints, versions_of
 from regraft.training.distributed import Workers
 from regraft.training.encoding import Encodings, encode_evaluation, encode_train, evenly
@@ -27,6 +29,7 @@ from regraft.training.loss import supervised_positions_only
 from regraft.training.memory import device_gib, peak_gib, require_memory, reset_peak
 from regraft.training.packing import may_share, require_packable
 from regraft.training.preflight import Batching, micro_tokens
+from regraft.training.remote import ask_endpoint
 from regraft.training.spec import TrialSpec
 from regraft.training.steps import LoopSettings
 from regraft.watchdog import alive
@@ -53,8 +56,9 @@ class Attempt:
         self.points: list[LossPoint] = []
         self.started = time.monotonic()
         self.cost = Cost()
+        self.meter: EnergyMeter | None = None
         self.data: dict[str, int] = {}
-        self.device = pick_device(spec.model.device)
+        self.device = pick_device("cpu" if spec.parsed.remote else spec.model.device)
         kept = versions_of(spec.storage, spec.key)
         self.checkpoints = Checkpoints(kept, spec.sweep.checkpoint_seconds, workers) if kept else None
         #: The micro-batch to try, in tokens, should memory run out now; 0 if a smaller one does not help.
@@ -62,9 +66,11 @@ class Attempt:
 
     def go(self) -> TrialResult:
         """Train and score."""
+        spec, method = self.spec, self.spec.parsed
+        if isinstance(method, Endpoint):
+            return self._ask(method)
         import torch
 
-        spec, method = self.spec, self.spec.parsed
         reset_peak(self.device)
         base_model = resolve(spec.model.source, spec.model.revision)
         if base_model.revision != spec.base_revision:
@@ -75,10 +81,11 @@ class Attempt:
         tokenizer = load_tokenizer(base_model.path)
         known = embedding_rows(base_model.path)
         shown = method.shown(self.dataset.split("train"))
+        chosen_by = evaluation_parts(self.dataset, spec.evaluate.final_share).selection
         held_out = self._counted(
-            "evaluation", encode_evaluation(tokenizer, self.dataset, spec.sweep, known, shown)
+            "evaluation", encode_evaluation(tokenizer, chosen_by, spec.sweep, known, shown)
         )
-        examples = tuple(e.after(shown) for e in union_of_evaluations(self.dataset))
+        examples = tuple(e.after(shown) for e in chosen_by)
         # What is to be sharded may not fit on a device: it goes there layer by layer. Quantising needs one.
         first = "cpu" if self.workers.shard and not method.quantised else self.device
         base = self.bases.take(method, base_model.path, spec.model.dtype, first)
@@ -94,12 +101,13 @@ class Attempt:
             packing = self._packing(method, base, rows)
             half = (micro or spec.sweep.tokens_per_batch) // 2
             self.smaller = half if half >= max(len(row.ids) for row in rows) else 0
-            outcome = train(
-                model, base, rows, held_out, self._loop_settings(method, micro, packing),
-                pad_id=pad_id, device=self.device, report=self._on_point, workers=self.workers,
-                checkpoints=self.checkpoints, probe=self._probe(model, tokenizer, examples),
-                hooks=method.hooks(model),
-            )  # fmt: skip
+            with EnergyMeter(self.device) as self.meter:
+                outcome = train(
+                    model, base, rows, held_out, self._loop_settings(method, micro, packing),
+                    pad_id=pad_id, device=self.device, report=self._on_point, workers=self.workers,
+                    checkpoints=self.checkpoints, probe=self._probe(model, tokenizer, examples),
+                    hooks=method.hooks(model),
+                )  # fmt: skip
             self.smaller = 0
         else:
             packing = self._packing(method, base, held_out)
@@ -118,13 +126,25 @@ class Attempt:
         self.cost = self.cost.model_copy(
             update={
                 "train_seconds": outcome.seconds,
+                "money": outcome.seconds / 3600 * spec.price_per_hour,
                 "tokens_seen": outcome.tokens_seen,
                 "memory_peak_gib": peak_gib(self.device),
+                **self._energy(outcome.seconds),
             }
         )
         if self.workers.rank != 0:
             return self.result("completed")
         return self._score(method, model, base_model, tokenizer, examples)
+
+    def _ask(self, endpoint: Endpoint) -> TrialResult:
+        """Score what an endpoint answers; nothing is loaded."""
+        examples = evaluation_parts(self.dataset, self.spec.evaluate.final_share).selection
+        found = ask_endpoint(
+            endpoint, examples, self.spec.evaluate, dataset_id=self.spec.dataset_id, split="evaluation"
+        )
+        self.data |= found.counts
+        self.cost = Cost(answer_money=found.money)
+        return self.result("completed").model_copy(update={"report": found.report, "speed": found.speed})
 
     def _fit(self, base: Path) -> int:
         """The micro-batch that fits, in tokens; 0 for whole batches.
@@ -162,14 +182,16 @@ class Attempt:
             method.save(model, kept)
             clean = None if self.workers.shard else method.release(model)
             if clean is None:
-                model = method.load(path, kept, dtype, self.device)
-            elif method.trains:
-                model = method.attach(clean, kept)
-            model.eval()
+                clean = method.load_base(path, dtype, self.device)
+            before = nats_of_texts(clean, tokenizer, spec.evaluate)
+            model = (method.attach(clean, kept) if method.trains else clean).eval()
             report = score(
-                model, tokenizer, examples, spec.evaluate, dataset_id=spec.dataset_id, split="evaluation"
-            )
-            timing = speed(model, tokenizer, examples, spec.evaluate, torch.get_num_threads())
+                model, tokenizer, examples, spec.evaluate,
+                dataset_id=spec.dataset_id, split="evaluation", base_nats=before,
+            )  # fmt: skip
+            timing = None
+            if spec.timed:
+                timing = speed(model, tokenizer, examples, spec.evaluate, torch.get_num_threads())
             if method.trains:
                 size = sum(f.stat().st_size for f in kept.rglob("*") if f.is_file())
                 self.cost = self.cost.model_copy(update={"adapter_bytes": size})
@@ -204,6 +226,9 @@ class Attempt:
         if not wanted or (self.workers.rank != 0 and not self.workers.shard):
             return None
         asked = evenly(examples, wanted)
+        # The answers alone are looked at: probabilities have their loss at each point.
+        by_answers = tuple(m for m in settings.metrics if not (m.asks_likelihood or m.texts))
+        settings = settings.model_copy(update={"metrics": by_answers})
 
         def probe() -> dict[str, float]:
             found = score(
@@ -233,6 +258,18 @@ class Attempt:
         own = {"learning_rate": method.learning_rate, "micro_tokens": micro, "packing": packing}
         return LoopSettings(**(of_the_sweep | own))
 
+    def _energy(self, seconds: float = 0.0) -> dict[str, Any]:
+        """What training has used so far, evaluations at its points included; nothing where none trains."""
+        if self.meter is None:
+            return {}
+        found = self.meter.so_far()
+        how = [found.how]
+        if self.workers.size > 1:
+            how.append(f"of the first of {self.workers.size} workers alone")
+        if seconds > found.seconds:
+            how.append(f"of the last {found.seconds:.0f} s of training, since it went on from a checkpoint")
+        return {"energy_wh": found.watt_hours, "energy_how": "; ".join(how)}
+
     def _on_point(self, point: LossPoint) -> None:
         self.points.append(point)
         if self.run is not None:
@@ -242,6 +279,7 @@ class Attempt:
                 "tokens_seen": point.tokens_seen,
                 "train_seconds": time.monotonic() - self.started,
                 "memory_peak_gib": peak_gib(self.device),
+                **self._energy(),
             }
         )
         metrics = {"eval_loss": point.eval_loss, "point": len(self.points), "status": "training"}

@@ -99,7 +99,7 @@ def score(
     )  # fmt: skip
     by_id = have | {s.example_id: s for s in fresh.examples}
     tagged = tuple(by_id[e.id].model_copy(update={"tags": e.tags}) for e in examples)
-    whole = fresh.model_copy(update={"examples": tagged})
+    whole = fresh.model_copy(update={"examples": tagged, "asked": settings.asked})
     # Of examples known before and asked now together; without the former, it is what was found already.
     return with_whole(whole, settings.metrics, texts) if have else whole
 

@@ -11,7 +11,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from regraft.config import SweepSection
-from regraft.data.dataset import union_of_evaluations
 from regraft.errors import DataError, ModelError
 from regraft.models import prompt_ids
 from regraft.records import DatasetVersion, Example, Message
@@ -174,16 +173,16 @@ def encode_train(
 
 def encode_evaluation(
     tokenizer: PreTrainedTokenizerBase,
-    dataset: DatasetVersion,
+    examples: Sequence[Example],
     sweep: SweepSection,
     rows: int | None,
     shown: Sequence[Message] = (),
 ) -> Encodings:
-    """What a trial's evaluation loss is taken over; the same examples for every method.
+    """What a trial's evaluation loss is taken over, of the examples that candidates are chosen by.
 
-    Answers are scored on all evaluation examples, however long.
+    The same for every method. Answers are scored on all of them, however long.
     """
-    examples = evenly(union_of_evaluations(dataset), sweep.loss_examples)
+    examples = evenly(examples, sweep.loss_examples)
     limits = Limits(sweep.max_length, sweep.too_long, rows)
     return encode_all(tokenizer, examples, limits, shown, name="evaluation")
 

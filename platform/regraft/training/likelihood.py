@@ -82,7 +82,7 @@ def _likelihoods(
 
     place = {id(row): index for index, row in enumerate(rows)}
     found: list[Likelihood | None] = [None] * len(rows)
-    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad_id = int(tokenizer.pad_token_id)
     group: list[Encoded] = []
 
     def see(logits: torch.Tensor, targets: torch.Tensor, where: torch.Tensor) -> None:

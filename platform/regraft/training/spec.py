@@ -10,7 +10,7 @@ from regraft.methods import Method, parse_method
 from regraft.records import Record, TrialResult, TrialStatus, content_hash
 
 #: Raised whenever a change to training or evaluation makes earlier trials incomparable.
-TRIAL_VERSION = 4
+TRIAL_VERSION = 5
 
 
 class TrialSpec(Record):
@@ -30,6 +30,10 @@ class TrialSpec(Record):
     repeat_of: str = ""
     #: The most that passes through at once, in tokens, after memory ran out; a step stays the same. 0: whole.
     micro_tokens: int = 0
+    #: Whether the search goes by latency: then it is measured in the trial too, beside whatever else runs.
+    timed: bool = False
+    #: Of all that the trial holds.
+    price_per_hour: float = 0.0
 
     @property
     def parsed(self) -> Method:
@@ -62,7 +66,8 @@ class TrialSpec(Record):
                 "base": [self.base_revision, self.model.dtype],
                 "dataset": self.dataset_id,
                 "sweep": self.sweep.model_dump(mode="json", include=decisive),
-                "evaluate": self.evaluate.model_dump(mode="json"),
+                "evaluate": self.evaluate.model_dump(mode="json", exclude={"metrics", "finals"}),
+                "scores": self.evaluate.asked,
             }
         )
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from regraft.config import Experiment
 from regraft.methods import Method
-from regraft.models import ResolvedModel, pick_device
 from regraft.methods.endpoint import Endpoint
-from regraft.records import DatasetVersion, content_hash
+from regraft.models import ResolvedModel, pick_device
+from regraft.records import DatasetVersion, Speed, content_hash
 from regraft.search import Grid
 from regraft.training.memory import least_gib
 from regraft.training.preflight import (
@@ -33,13 +34,14 @@ class SweepPlan(NamedTuple):
 
     sweep_id: str
     template: TrialSpec
+    prices: Callable[[Method], float] = lambda method: 0.0
 
     def spec(self, method: Method, seed: int | None = None) -> TrialSpec:
         """The trial of a method; with another seed, its repeat."""
         own = method.model_dump(mode="json")
         # A trial carries itself, not the whole space.
         sweep = self.template.sweep.of(method).model_copy(update={"methods": (own,), "search": Grid()})
-        update: dict[str, Any] = {"method": own, "sweep": sweep}
+        update: dict[str, Any] = {"method": own, "sweep": sweep, "price_per_hour": self.prices(method)}
         if seed is not None and seed != sweep.seed:
             update |= {"sweep": sweep.model_copy(update={"seed": seed}), "repeat_of": self.spec(method).key}
         return self.template.model_copy(update=update)
@@ -72,10 +74,16 @@ def plan_sweep(
         sweep=sweep,
         evaluate=experiment.evaluate,
         storage=storage,
+        timed=any(
+            name in Speed.model_fields
+            for aims in ("minimise", "maximise")
+            for name in getattr(sweep.search, aims, ())
+        ),
     )
     space = sweep.model_dump(mode="json", include={"methods", "search", "samples", "finalists", "devices"})
     sweep_id = f"sweep-{content_hash([template.key, space], 10)}"
-    return SweepPlan(sweep_id, template.model_copy(update={"sweep_id": sweep_id}))
+    template = template.model_copy(update={"sweep_id": sweep_id})
+    return SweepPlan(sweep_id, template, lambda method: demand_of(method, experiment).price)
 
 
 def by_ray_train(method: Method, experiment: Experiment) -> bool:
@@ -120,6 +128,10 @@ def describe(experiment: Experiment, base: Path, train_tokens: int = 0) -> list[
     rates: dict[int, float] = {}
     rows = []
     for method in experiment.sweep.expanded():
+        if isinstance(method, Endpoint):
+            note = f"{method.missing_key} here" if method.missing_key else ""
+            rows.append(Forecast(method.label, "at its endpoint", "–", "–", note))
+            continue
         sweep = experiment.sweep.of(method)
         threads = max(1, int(sweep.cpus_per_trial))
         if train_tokens and threads not in rates:
@@ -128,10 +140,6 @@ def describe(experiment: Experiment, base: Path, train_tokens: int = 0) -> list[
         workers = sweep.workers_per_trial if by_ray_train(method, experiment) else 1
         batching = Batching.of(sweep, experiment.evaluate, sharded=sweep.shard and workers > 1)
         memory = predict(method, base, dtype, device, batching)
-        if isinstance(method, Endpoint):
-            note = f"{method.missing_key} here" if method.missing_key else ""
-            rows.append(Forecast(method.label, "at its endpoint", "–", "–", note))
-            continue
         limit, note = sweep.trial_memory_gib, ""
         if limit is not None and memory.gib > limit:
             tokens = micro_tokens(method, base, dtype, device, batching, limit)
