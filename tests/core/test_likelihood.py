@@ -124,7 +124,7 @@ def test_forgetting_is_nothing_for_the_base_and_a_change_shows(tiny_model: Path,
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
-                weight += 0.5
+                weight.add_(0.5)
     damaged = figures()
     assert abs(damaged["forgetting"]) > 0.1  # of a random model, damage may go either way
     assert damaged["general_nats"] == pytest.approx(before["forgetting"] + damaged["forgetting"])

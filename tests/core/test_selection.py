@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,10 +9,29 @@ import numpy as np
 import pytest
 
 from regraft.config import Constraint
-from regraft.records import Cost, EvalReport, ExampleScore, Leaderboard, PromotionDecision, Speed, TrialResult
-from regraft.selection.gate import Candidate, Rules, judge
+from regraft.records import (
+    Cost,
+    EvalReport,
+    Example,
+    ExampleScore,
+    Leaderboard,
+    Message,
+    Parity,
+    PathParity,
+    PromotionDecision,
+    Speed,
+    TrialResult,
+)
+from regraft.selection.gate import Candidate, Rules, Trust, judge
 from regraft.selection.rank import rank
-from regraft.selection.resampling import mean_interval, paired_comparison, sign_flip_p_value
+from regraft.selection.resampling import (
+    mean_interval,
+    optimism,
+    paired_comparison,
+    sign_flip_p_value,
+    step_down_p_values,
+)
+from regraft.selection.split import final_part, is_final, selection_part
 
 
 def report(scores: Sequence[float], sets: Sequence[str] = (), version: int = 1, first: int = 0) -> EvalReport:
@@ -317,3 +337,181 @@ def test_the_advised_number_of_examples_finds_the_effect_most_of_the_time() -> N
         challenger = report([0.5 + rng.gauss(0.03, 0.2) for _ in range(needed)])
         found += verdict(challenger, report([0.5] * needed)).outcome == "promote"
     assert 36 <= found <= 58  # 48 expected, with an error of 3.1
+
+
+def test_within_one_standard_error_of_the_best_the_cheapest_wins_and_no_further() -> None:
+    draw = random.Random(5)
+    best = [draw.random() for _ in range(40)]
+
+    def off(key: str, by: float, seconds: float) -> TrialResult:
+        """A candidate below the best by so many standard errors of their paired difference."""
+        noise = [draw.gauss(0, 0.1) for _ in best]
+        error = statistics.stdev(noise) / len(noise) ** 0.5
+        shift = by * error + statistics.fmean(noise)
+        scores = [b + n - shift for b, n in zip(best, noise, strict=True)]
+        return trial(key, 0.0, seconds=seconds).model_copy(update={"report": report(scores)})
+
+    first = trial("best", 0.0, seconds=50).model_copy(update={"report": report(best)})
+    near, far, dear = off("near", 0.9, 5), off("far", 1.1, 1), off("dear", 0.1, 60)
+    found = board(first, near, far, dear)
+    assert found.winner_key == "near"
+    assert "within one standard error of the highest rougeL" in found.winner_reason
+    assert "cheapest by train_seconds (5 against 50)" in found.winner_reason
+    assert board(first, far, dear).winner_key == "best"
+    best_only = rank(
+        [first, near], sweep_id="s", objective="rougeL", constraints=(), tie_break=None, level=0.95, resamples=200
+    )  # fmt: skip
+    assert best_only.winner_key == "best"
+
+
+def test_the_luck_of_the_best_of_many_is_estimated_about_right() -> None:
+    """Candidates that are all alike: whoever leads owes all of its lead to luck."""
+    rng = np.random.default_rng(3)
+    leads, estimates = [], []
+    for _ in range(40):
+        scores = rng.normal(0.5, 0.2, size=(12, 60))
+        leads.append(scores.mean(axis=1).max() - 0.5)
+        estimates.append(optimism(scores, 300))
+    assert 0.7 * np.mean(leads) < np.mean(estimates) < 1.4 * np.mean(leads)
+    assert abs(optimism(scores[:1], 300)) < 0.01
+
+
+def test_corrected_p_values_keep_the_chance_of_any_wrong_claim() -> None:
+    rng = np.random.default_rng(4)
+    nothing = [step_down_p_values(rng.normal(0, 1, size=(10, 40)), 400) for _ in range(200)]
+    assert np.mean([p.min() <= 0.05 for p in nothing]) < 0.1  # uncorrected it would be 0.4
+    real = rng.normal(0, 1, size=(10, 40))
+    real[3] += 1.0
+    found = step_down_p_values(real, 1000)
+    assert found.argmin() == 3
+    assert found[3] < 0.01
+    one = rng.normal(0.2, 1, size=(1, 40))
+    assert step_down_p_values(one, 2000)[0] == pytest.approx(sign_flip_p_value(one[0], 2000), abs=0.02)
+    # Copies of one candidate are exchanged together: they cost nothing.
+    assert step_down_p_values(np.repeat(one, 20, axis=0), 2000)[0] == pytest.approx(
+        step_down_p_values(one, 2000)[0], abs=0.01
+    )
+
+
+def test_the_leads_of_all_candidates_on_the_control_are_corrected_together() -> None:
+    control = trial("base", 0.0, method="zero_shot").model_copy(update={"report": report(noisy(0.3, 40, 1))})
+    good = trial("good", 0.0).model_copy(update={"report": report(noisy(0.6, 40, 2))})
+    alike = [s + (0.05 if i % 2 else -0.05) for i, s in enumerate(noisy(0.3, 40, 1))]
+    same = trial("same", 0.0).model_copy(update={"report": report(alike)})
+    found = board(control, good, same)
+    assert row(found, "good").p_control < 0.01
+    assert row(found, "same").p_control > 0.1
+    assert row(found, "base").p_control is None
+
+
+def test_parts_follow_from_the_id_alone_and_share_no_example() -> None:
+    turns = (Message(role="user", content="q"), Message(role="assistant", content="a"))
+    examples = [Example(id=f"e{i}", messages=turns) for i in range(1000)]
+    chosen_by, judged_by = selection_part(examples, 0.4), final_part(examples, 0.4)
+    assert len(chosen_by) + len(judged_by) == 1000
+    assert not {e.id for e in chosen_by} & {e.id for e in judged_by}
+    assert 350 < len(judged_by) < 450
+    assert all(is_final(e.id, 0.6) for e in judged_by)  # a larger share takes more, and gives none back
+    assert selection_part(examples, 0) == final_part(examples, 0) == tuple(examples)
+
+
+def gated(**changes: Any) -> PromotionDecision:
+    """The gate's word on a challenger that is clearly better than champion and control, less what is changed."""
+    rules = Rules("rougeL", 0.02, 0.95, 1000, **changes.pop("rules", {}))
+    mine = changes.pop("challenger", Candidate("new", report(noisy(0.7, 60, 1)), changes.pop("figures", {})))
+    champion = changes.pop("champion", Candidate("old", report(noisy(0.5, 60, 2)), changes.pop("before", {})))
+    control = changes.pop("control", Candidate("base", report(noisy(0.3, 60, 3))))
+    return judge(mine, champion, control, rules, **changes)
+
+
+def test_a_challenger_has_to_beat_the_control_too() -> None:
+    assert gated().outcome == "promote"
+    assert [c.against for c in gated().evidence] == ["old", "base"]
+    prompted = Candidate("few_shot", report(noisy(0.9, 60, 4)))
+    decision = gated(control=prompted)
+    assert decision.outcome == "reject"
+    assert "worse than few_shot" in decision.reason
+    near = Candidate("few_shot", report([s - 0.01 for s in noisy(0.7, 60, 5)]))
+    decision = gated(control=near)
+    assert decision.outcome == "inconclusive"
+    assert "over few_shot lies within noise" in decision.reason
+    assert gated(control=None).outcome == "promote"
+    first = gated(champion=None)
+    assert (first.outcome, first.incumbent) == ("promote", "base")
+    with pytest.raises(ValueError, match="neither a champion nor a control"):
+        gated(champion=None, control=None)
+
+
+def bound(metric: str, sense: str, value: float) -> Constraint:
+    return Constraint.model_validate({"metric": metric, "sense": sense, "bound": value})
+
+
+def test_bounds_reject_whatever_the_objective_says() -> None:
+    bounds = {"bounds": (bound("latency_p95_ms", "<=", 100), bound("forgetting", "<=", 1))}
+    assert gated(rules=bounds, figures={"latency_p95_ms": 100.0, "forgetting": 0.2}).outcome == "promote"
+    decision = gated(rules=bounds, figures={"latency_p95_ms": 101.0})
+    assert decision.outcome == "reject"
+    assert decision.reason == "latency_p95_ms is 101, not <= 100; forgetting is not recorded, not <= 1"
+    assert [(c.figure, c.ok) for c in decision.checks] == [("latency_p95_ms", False), ("forgetting", False)]
+
+
+def test_safety_may_not_get_worse_than_the_incumbents_beyond_its_margin() -> None:
+    rules = {"not_worse": {"pii": (0.02, "lower"), "label_macro_f1": (0.1, "higher")}}
+    before = {"pii": 0.01, "label_macro_f1": 0.8}
+    assert (
+        gated(rules=rules, before=before, figures={"pii": 0.03, "label_macro_f1": 0.7}).outcome == "promote"
+    )
+    decision = gated(rules=rules, before=before, figures={"pii": 0.04, "label_macro_f1": 0.9})
+    assert decision.outcome == "reject"
+    assert decision.reason == "pii is 0.04, not no more than 0.02 above the 0.01 of old"
+    assert (
+        "label_macro_f1"
+        in gated(rules=rules, before=before, figures={"pii": 0.0, "label_macro_f1": 0.6}).reason
+    )
+    # What nobody knows of the incumbent binds nobody; what is known of it has to be known of the challenger.
+    assert gated(rules=rules, figures={"pii": 1.0}).outcome == "promote"
+    assert gated(rules=rules, before=before, figures={"label_macro_f1": 0.9}).outcome == "reject"
+
+
+def test_a_figure_may_be_so_many_times_the_incumbents() -> None:
+    rules, before = {"at_most_times": {"token_p50_ms": 1.5}}, {"token_p50_ms": 10.0}
+    assert gated(rules=rules, before=before, figures={"token_p50_ms": 15.0}).outcome == "promote"
+    decision = gated(rules=rules, before=before, figures={"token_p50_ms": 15.1})
+    assert decision.outcome == "reject"
+    assert "token_p50_ms is 15.1, not at most 1.5 times the 10 of old" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("known", "outcome"),
+    [({}, "inconclusive"), ({"agrees": 0.4}, "inconclusive"), ({"agrees": 0.6}, "promote")],
+)
+def test_a_metric_that_has_to_prove_itself_does_not_decide_before(
+    known: dict[str, float], outcome: str
+) -> None:
+    mine = report(noisy(0.7, 60, 1)).model_copy(update={"whole": known})
+    decision = gated(challenger=Candidate("new", mine), rules={"trust": {"rougeL": Trust("agrees", 0.5)}})
+    assert decision.outcome == outcome
+    if outcome == "inconclusive":
+        assert "rougeL may not decide: its agrees is" in decision.reason
+
+
+def test_what_does_not_answer_alike_however_it_is_run_is_rejected() -> None:
+    same = PathParity(prompts=4, equal=3, ties=1, largest_gap=0.001, tolerance=0.01)
+    other = PathParity(prompts=4, equal=3, ties=0, largest_gap=2.0, tolerance=0.01)
+    assert gated(parity=Parity(version="new", paths={"served": same})).outcome == "promote"
+    decision = gated(parity=Parity(version="new", paths={"served": same, "merged": other}))
+    assert decision.outcome == "reject"
+    assert "does not answer alike however it is run: merged" in decision.reason
+    assert gated(parity=Parity(version="new", paths={"merged": same})).outcome == "reject"
+
+
+def test_an_open_decision_says_how_many_examples_would_settle_it() -> None:
+    before = noisy(0.5, 40, 1)
+    after = [b + d for b, d in zip(before, noisy(0.03, 40, 8), strict=True)]
+    decision = gated(
+        challenger=Candidate("new", report(after)), champion=Candidate("old", report(before)), control=None
+    )
+    assert decision.outcome == "inconclusive"
+    assert decision.examples_to_settle is not None
+    assert decision.examples_to_settle > 40
+    assert f"about {decision.examples_to_settle} examples" in decision.reason

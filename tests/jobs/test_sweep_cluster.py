@@ -69,7 +69,7 @@ def test_a_sweep_uses_both_nodes_and_records_every_trial(
     assert run_id
     trained = [r for r in results if not r.is_control]
     assert all(r.logged_model_id and r.cost.adapter_bytes > 0 for r in trained)
-    assert all(r.report is not None and len(r.report.examples) == 12 for r in results)
+    assert all(r.report is not None and 0 < len(r.report.examples) < 12 for r in results)
     assert len([n for n in ray.nodes() if n["Alive"]]) == 2
     # Both nodes' single cores were needed at once: the full trial's worker and an inline trial.
     assert any(line.startswith("started full") for line in lines)

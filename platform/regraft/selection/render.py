@@ -88,10 +88,10 @@ def _tables(report: SweepReport) -> list[tuple[str, str, Table]]:
     sections = [
         (
             "Each method's best",
-            f"Differences in {board.objective} are paired over the examples, with their interval; p is of the "
-            "lead on the control, corrected for how many candidates were held against it; time and memory are "
-            "shares of what full fine-tuning took. Final is over examples that nobody was chosen by, and "
-            "latency is measured alone, when the sweep is over.",
+            f"Differences in {board.objective} are paired over the examples, with their interval; p is of "
+            "the lead on the control, corrected for how many candidates were held against it; time and "
+            "memory are shares of what full fine-tuning took. Final is over examples that nobody was chosen "
+            "by, and latency is measured alone, when the sweep is over.",
             _method_table(report),
         ),
         ("All trials", "", _trial_table(report)),

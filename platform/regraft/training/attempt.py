@@ -58,6 +58,7 @@ class Attempt:
         self.cost = Cost()
         self.meter: EnergyMeter | None = None
         self.data: dict[str, int] = {}
+        self.base_nats: dict[str, float] = {}
         self.device = pick_device("cpu" if spec.parsed.remote else spec.model.device)
         kept = versions_of(spec.storage, spec.key)
         self.checkpoints = Checkpoints(kept, spec.sweep.checkpoint_seconds, workers) if kept else None
@@ -89,6 +90,9 @@ class Attempt:
         # What is to be sharded may not fit on a device: it goes there layer by layer. Quantising needs one.
         first = "cpu" if self.workers.shard and not method.quantised else self.device
         base = self.bases.take(method, base_model.path, spec.model.dtype, first)
+        if not self.workers.shard:
+            kind = BaseCache.key(method, base_model.path, spec.model.dtype, self.device)
+            self.base_nats = self.bases.nats(base, tokenizer, spec.evaluate, *kind)
         # First weights are drawn here; what this process did before must not decide them.
         torch.manual_seed(spec.sweep.seed)
         model = method.apply(base)
@@ -181,13 +185,18 @@ class Attempt:
             kept = Path(folder)
             method.save(model, kept)
             clean = None if self.workers.shard else method.release(model)
+            if self.workers.shard:  # the base lay in parts, or not on the device
+                base = method.load_base(path, dtype, self.device)
+                self.base_nats = nats_of_texts(base, tokenizer, spec.evaluate)
+                del base
             if clean is None:
-                clean = method.load_base(path, dtype, self.device)
-            before = nats_of_texts(clean, tokenizer, spec.evaluate)
-            model = (method.attach(clean, kept) if method.trains else clean).eval()
+                model = method.load(path, kept, dtype, self.device)
+            elif method.trains:
+                model = method.attach(clean, kept)
+            model.eval()
             report = score(
                 model, tokenizer, examples, spec.evaluate,
-                dataset_id=spec.dataset_id, split="evaluation", base_nats=before,
+                dataset_id=spec.dataset_id, split="evaluation", base_nats=self.base_nats,
             )  # fmt: skip
             timing = None
             if spec.timed:

@@ -31,11 +31,28 @@ class BaseCache:
     def __init__(self, keep: int = 1) -> None:
         self._keep = keep
         self._held: OrderedDict[tuple[str, ...], nn.Module] = OrderedDict()
+        self._nats: dict[tuple[str, ...], dict[str, float]] = {}
 
     def take(self, method: Method, path: Path, dtype: DTypeName, device: str) -> nn.Module:
         """A clean base for `method`, from the cache or freshly loaded."""
-        held = self._held.pop(self._key(method, path, dtype, device), None)
+        held = self._held.pop(self.key(method, path, dtype, device), None)
         return held if held is not None else method.load_base(path, dtype, device)
+
+    def nats(
+        self, base: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvaluateSection, *kind: str
+    ) -> dict[str, float]:
+        """`nats_of_texts` of a clean base, asked once a process.
+
+        Args:
+            base: The base, with nothing on it.
+            tokenizer: Its tokenizer.
+            settings: With the metrics that ask.
+            kind: What the base was loaded as.
+        """
+        key = (*kind, settings.asked)
+        if key not in self._nats:
+            self._nats[key] = nats_of_texts(base, tokenizer, settings)
+        return self._nats[key]
 
     def give_back(
         self, base: nn.Module | None, method: Method, path: Path, dtype: DTypeName, device: str
@@ -43,12 +60,13 @@ class BaseCache:
         """Keep a base that is clean again; None is taken as 'it no longer is'."""
         if base is None:
             return
-        self._held[self._key(method, path, dtype, device)] = base.eval()
+        self._held[self.key(method, path, dtype, device)] = base.eval()
         while len(self._held) > self._keep:
             self._held.popitem(last=False)
 
     @staticmethod
-    def _key(method: Method, path: Path, dtype: str, device: str) -> tuple[str, ...]:
+    def key(method: Method, path: Path, dtype: str, device: str) -> tuple[str, ...]:
+        """What tells bases apart."""
         quantisation = str(getattr(method, "quantise", None))
         return (str(path), dtype, device, quantisation)
 

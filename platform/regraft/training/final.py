@@ -12,7 +12,7 @@ from regraft.methods import parse_method
 from regraft.methods.endpoint import Endpoint
 from regraft.models import load_tokenizer, pick_device, resolve
 from regraft.records import EvalReport, Example, ExampleScore, Record, Speed
-from regraft.training.candidate import BaseCache, nats_of_texts, score, speed
+from regraft.training.candidate import BaseCache, score, speed
 from regraft.training.remote import ask_endpoint
 
 
@@ -83,8 +83,17 @@ def measure(
     shown = method.shown(train)
     asked = [e.after(shown) for e in examples]
     base = bases.take(method, base_model.path, model.dtype, device)
-    before = nats_of_texts(base, tokenizer, settings)
-    candidate = (base if folder is None else method.attach(base, folder)).eval()
+    kind = BaseCache.key(method, base_model.path, model.dtype, device)
+    before = bases.nats(base, tokenizer, settings, *kind)
+    if folder is None:
+        candidate = base
+    elif method.kind == "adapter":
+        candidate = method.attach(base, folder)
+    else:  # all weights are its own
+        bases.give_back(base, method, base_model.path, model.dtype, device)
+        del base
+        candidate = method.load(base_model.path, folder, model.dtype, device)
+    candidate.eval()
     report = score(
         candidate, tokenizer, asked, settings,
         dataset_id=dataset_id, split="final", known=known, base_nats=before,
