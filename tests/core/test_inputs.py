@@ -575,7 +575,7 @@ def spec(folder: Path, method: dict[str, Any], **sweep: Any) -> TrialSpec:
         sweep=SweepSection.model_validate(
             {"methods": [method], "tokens_per_batch": 128, "evaluations": 2, "epochs": 2} | sweep
         ),
-        evaluate=EvaluateSection(max_new_tokens=6, latency_prompts=1),
+        evaluate=EvaluateSection(max_new_tokens=6, latency_prompts=1, final_share=0),
     )
 
 

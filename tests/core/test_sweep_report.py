@@ -53,7 +53,9 @@ TRIALS = [
 
 
 def made(trials: list[TrialResult], **more: Any) -> SweepReport:
-    board = rank(trials, sweep_id="s", objective="rougeL", constraints=(), tie_break=None, level=0.95, resamples=400)
+    board = rank(
+        trials, sweep_id="s", objective="rougeL", constraints=(), tie_break=None, level=0.95, resamples=400
+    )
     return report_on(board, trials, level=0.95, resamples=400, **more)
 
 

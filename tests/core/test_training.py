@@ -521,7 +521,7 @@ def spec(folder: Path, method: dict[str, Any], **sweep: Any) -> TrialSpec:
         sweep=SweepSection.model_validate(
             {"methods": [method], "tokens_per_batch": 128, "evaluations": 2, "epochs": 2} | sweep
         ),
-        evaluate=EvaluateSection(max_new_tokens=6, latency_prompts=1),
+        evaluate=EvaluateSection(max_new_tokens=6, latency_prompts=1, final_share=0),
     )
 
 
@@ -548,7 +548,9 @@ def test_finished_trial_is_recorded_with_its_scores_and_what_it_trained(
     assert result.status == "completed"
     assert result.report is not None
     assert [e.tags["set"] for e in result.report.examples] == ["evaluation"]
-    assert result.speed is not None
+    assert result.speed is None  # beside whatever else runs it would say nothing
+    assert result.report.whole["general_nats"] > 0
+    assert not result.report.failure_count
     assert result.eval_loss is not None
     trained = not method["name"].endswith("_shot")
     assert (result.logged_model_id == "m-1") == trained
