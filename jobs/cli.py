@@ -93,6 +93,21 @@ def sweep(
 
 
 @app.command()
+def evaluate(
+    path: ExperimentPath = EXAMPLE,
+    version: Annotated[int | None, typer.Argument(help="A version; the champion if not given.")] = None,
+) -> None:
+    """Measure a version on today's evaluation sets: figures with intervals, weakest kinds, speed.
+
+    It answers the part of each set that candidates are not chosen by, of the sets in the YAML and of those
+    that earlier versions were promoted by, alone on its worker. What came of it is a run in MLflow.
+    """
+    from jobs.evaluate import run
+
+    run(path, version)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Run ids of trials, as MLflow shows them; two or more.")],
     path: Annotated[
@@ -160,6 +175,25 @@ def rollback(
     from jobs.rollback import run
 
     run(path, version)
+
+
+@app.command()
+def parity(
+    path: ExperimentPath,
+    version: Annotated[int, typer.Argument(help="The version to ask, as MLflow's Models page numbers it.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Evaluation prompts to ask, evenly chosen.")] = 8,
+) -> None:
+    """Ask a version the same in every way it may be run, and see that it answers the same.
+
+    Greedy answers of the adapter on its base are held against those of the serving engine, of the adapter
+    merged into the base, and those that its evaluation recorded. Where two part, both tokens must be equally
+    likely but for rounding, which counts as a tie. Runs here, with one model in memory at a time; exits with
+    status 1 if an answer differs.
+    """
+    from jobs.parity import run
+
+    if not run(path, version, limit=prompts):
+        raise typer.Exit(1)
 
 
 @app.command()

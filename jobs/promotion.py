@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from jobs.console import Say, say
+from jobs.evaluate import evaluate_version
 from jobs.evaluation_sets import keep_sets
 from jobs.parity import check_parity
 from jobs.workspace import Connection
@@ -141,9 +142,6 @@ def _candidate(
 
     Answers that are known and were asked for and scored the same way are not asked for again.
     """
-    from regraft.training.final import Entry
-    from regraft.tuning.finals import Quiet, quietly
-
     before = connection.tracker(experiment).result_of(champion.run_id)
     known = [
         example
@@ -151,15 +149,8 @@ def _candidate(
         if report is not None and report.asked == experiment.evaluate.asked
         for example in report.examples
     ]
-    say(f"measuring {champion.served_id}, the champion, alone")
-    entry = Entry(
-        label=champion.served_id, method=champion.method, base_model=champion.base_model,
-        base_revision=champion.base_revision, logged_model_id=champion.logged_model_id,
-    )  # fmt: skip
-    with quietly(experiment, connection.tracking_uri, say) as worker:
-        found = Quiet(experiment, dataset, worker)(entry, known)
-    figures = before.figures | (found.speed.figures if found.speed else {})
-    return Candidate(champion.served_id, found.report, figures)
+    report, speed = evaluate_version(experiment, dataset, champion, connection, say, known)
+    return Candidate(champion.served_id, report, before.figures | (speed.figures if speed else {}))
 
 
 def _parity(

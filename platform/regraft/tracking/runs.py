@@ -12,9 +12,12 @@ from mlflow.entities import Metric, RunTag
 from regraft.records import (
     DatasetVersion,
     DriftReport,
+    EvalReport,
     Leaderboard,
+    ModelVersion,
     PromotionDecision,
     RetrainDecision,
+    Speed,
     TrialResult,
     TrialStatus,
 )
@@ -221,6 +224,24 @@ class Tracker(Results):
         if html is not None:
             self._client.log_text(run_id, html.read_text(encoding="utf-8"), "report.html")
         self._client.log_text(run_id, to_json(report.model_copy(update={"run_id": run_id})), "report.json")
+        self._client.set_terminated(run_id)
+        return run_id
+
+    @guarded
+    def log_evaluation(self, version: ModelVersion, report: EvalReport, speed: Speed | None) -> str:
+        """Keep what a version scored, as a run of its own; the same evaluation again replaces it.
+
+        Returns:
+            The id of the run.
+        """
+        tags = {"role": "evaluation", "evaluated": version.served_id, "dataset": report.dataset_id}
+        run = self._resume(tags | {"asked": report.asked}, name=f"evaluation {version.served_id}")
+        run_id, now = str(run.info.run_id), now_ms()
+        values = {f"final/{k}": v for k, v in (report.means | report.whole).items()}
+        values |= {f"speed/{k}": v for k, v in (speed.figures if speed else {}).items()}
+        self._client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in values.items()])
+        self._client.log_text(run_id, to_json(report), "report.json")
+        self._client.set_tag(run_id, "status", "completed")
         self._client.set_terminated(run_id)
         return run_id
 
