@@ -139,6 +139,14 @@ class Method(BaseModel):
         base = self.load_base(base_path, dtype, device)
         return base if folder is None else self.attach(base, folder)
 
+    def load_merged(self, base_path: Path, folder: Path, dtype: DTypeName, device: str) -> nn.Module | None:
+        """Load one plain model that answers alone, what was trained being in its weights.
+
+        Returns:
+            A transformers model in `dtype`; None if the method trains nothing that weights could take in.
+        """
+        return None
+
 
 def empty_causal_lm(path: Path) -> nn.Module:
     """The layers of a model without their weights, on the meta device: costs nothing, computes nothing.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from regraft.errors import InfeasibleTrialError
-from regraft.methods.base import Support, trainable_to_fp32
+from regraft.methods.base import DTypeName, Support, trainable_to_fp32
 from regraft.methods.quantised import OnAnyBase
 
 if TYPE_CHECKING:
@@ -74,6 +75,24 @@ class TunerMethod(OnAnyBase):
         if hasattr(base, "peft_config"):
             del base.peft_config
         return base.requires_grad_(False)
+
+    def load_merged(self, base_path: Path, folder: Path, dtype: DTypeName, device: str) -> nn.Module | None:
+        """Put the trained weights into the base's own.
+
+        A base in four bits is taken out of them first and stays so: rounded to four bits again, the weights
+        would lose most of what was trained (SmolLM2-135M: cross-entropy 2.70 → 4.19; merged in full, the
+        answers' distribution is 0.003 nats away).
+        """
+        import torch
+
+        base: Any = self.load_base(base_path, dtype, device)
+        if self.quantised:
+            base = base.dequantize(getattr(torch, dtype))
+        model: Any = self.attach(base, folder)
+        merged: nn.Module = model.merge_and_unload()
+        if hasattr(merged, "peft_config"):
+            del merged.peft_config
+        return merged.requires_grad_(False).eval()
 
 
 def require_layers(base: nn.Module, field: str, targets: str | Sequence[str]) -> None:

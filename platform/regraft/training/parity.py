@@ -1,0 +1,217 @@
+"""Whether one model, run in different ways, gives the same greedy answers, but for ties that rounding breaks.
+
+This module knows models, token ids and texts; not versions, files or engines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from regraft.evals.generation import base_of, contiguous_head, padded_inputs, soft_prompt
+from regraft.methods.base import DTypeName
+from regraft.records import AnswerDifference, PathParity
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+#: What passes for a tie, in nats. In fp32 nothing had to: every method's answers were equal to the token.
+FP32_TOLERANCE = 1e-3
+#: The same weights, added up in another order. A logit between 16 and 32 is a multiple of 0.125 in bf16: on
+#: SmolLM2-135M a third of the answers of 32 tokens parted, at gaps of 0 to 0.25.
+BF16_TOLERANCE = 0.5
+#: Merged, the weights are rounded too, those out of four bits as well: gaps of 0 to 0.375. An update a
+#: quarter too large gave gaps of up to 1.25; a tenth too large, it was within what bf16 rounds away.
+BF16_MERGED_TOLERANCE = 0.75
+#: Answers kept as evidence.
+SHOWN = 3
+#: Of tokens that may have come next, so many are looked at for one that a text goes on with.
+_LOOKED_AT = 1000
+#: So many tokens before a text parts from what was expected, it may have come from other tokens already.
+_BACK = 8
+
+#: A greedy answer: its new token ids, with the one that ended it; or its text alone, from who gives no more.
+Answer: TypeAlias = tuple[int, ...] | str
+
+
+class Prompt(NamedTuple):
+    """What is asked: as token ids, up to where the answer begins, and as people read it."""
+
+    ids: Sequence[int]
+    text: str
+
+
+def greedy_ids(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 1,
+) -> list[tuple[int, ...]]:
+    """Answer prompts greedily, with the settings of evaluation.
+
+    Args:
+        model: A transformers or PEFT model in evaluation mode.
+        tokenizer: Its tokenizer.
+        prompts: What to ask.
+        max_new_tokens: Longest answer.
+        batch_size: Prompts answered together; one by one nothing is padded.
+
+    Returns:
+        New token ids of each answer, with the end-of-turn token if it came to that.
+    """
+    import torch
+
+    pad, end = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    answers: list[tuple[int, ...]] = []
+    with torch.inference_mode(), contiguous_head(base_of(model)):
+        soft = soft_prompt(model)
+        for start in range(0, len(prompts), batch_size):
+            asked = [p.ids for p in prompts[start : start + batch_size]]
+            call, inputs = padded_inputs(model, asked, pad, soft)
+            out = call(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=end
+            )
+            new = out[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :].tolist()
+            answers += [tuple(row[: row.index(end) + 1] if end in row else row) for row in new]
+    return answers
+
+
+def log_probabilities(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+) -> torch.Tensor:
+    """Log-probabilities in nats of what comes next, as greedy decoding sees them; shape (vocabulary,)."""
+    import torch
+
+    pad, end = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    with torch.inference_mode(), contiguous_head(base_of(model)):
+        call, inputs = padded_inputs(model, [ids], pad, soft_prompt(model))
+        settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": pad, "eos_token_id": end}
+        out: Any = call(**inputs, **settings, output_scores=True, return_dict_in_generate=True)
+        return torch.log_softmax(out.scores[0][0].float(), dim=-1).cpu()
+
+
+def compare(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    expected: Sequence[tuple[int, ...]],
+    got: Sequence[Answer],
+    *,
+    tolerance: float,
+) -> PathParity:
+    """Hold answers against those of a reference model.
+
+    Two answers are equal if their token ids are, or their texts where only a text is known. Where they part
+    they pass as a tie if the reference model finds both continuations equally likely within the tolerance;
+    what comes after is another conversation and not compared.
+
+    Args:
+        model: The reference model.
+        tokenizer: Its tokenizer.
+        prompts: What was asked.
+        expected: The reference model's answers, from `greedy_ids`.
+        got: The answers to judge, of the same length at most.
+        tolerance: Largest difference of log-probabilities that passes for a tie, in nats.
+    """
+    differences: list[AnswerDifference] = []
+    for prompt, wanted, answer in zip(prompts, expected, got, strict=True):
+        at = _parting(tokenizer, wanted, answer)
+        if at is None:
+            continue
+        gap, token = min((_gap(model, tokenizer, prompt.ids, wanted, answer, n), n) for n in at)
+        differences.append(
+            AnswerDifference(
+                prompt=prompt.text,
+                expected=text_of(tokenizer, wanted),
+                got=answer if isinstance(answer, str) else text_of(tokenizer, answer),
+                token=token,
+                gap=gap,
+                tie=gap <= tolerance,
+            )
+        )
+    ties = sum(d.tie for d in differences)
+    return PathParity(
+        prompts=len(prompts),
+        equal=len(prompts) - len(differences),
+        ties=ties,
+        largest_gap=max((d.gap for d in differences), default=0.0),
+        tolerance=tolerance,
+        differences=tuple(sorted(differences, key=lambda d: d.tie)[:SHOWN]),
+    )
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """An answer as evaluation keeps it: without special tokens and outer whitespace."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def tolerance_of(dtype: DTypeName, *, merged: bool = False) -> float:
+    """How far apart two continuations may be and still pass for a tie, in nats."""
+    if dtype == "float32":
+        return FP32_TOLERANCE
+    return BF16_MERGED_TOLERANCE if merged else BF16_TOLERANCE
+
+
+def _parting(tokenizer: PreTrainedTokenizerBase, wanted: tuple[int, ...], got: Answer) -> range | None:
+    """Where two answers may part: indices of the first token that differs; None if they do not.
+
+    Of a text that is not certain. ` 1` may be two tokens and ` the` one: both begin with a space, and yet it
+    is the space where they part.
+    """
+    if not isinstance(got, str):
+        if wanted == got:
+            return None
+        pairs = zip(wanted, got, strict=False)
+        at = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(wanted), len(got)))
+        return range(at, at + 1)
+    if text_of(tokenizer, wanted) == got.strip():
+        return None
+    last = next(
+        (n for n in range(len(wanted)) if not _along(tokenizer, wanted[: n + 1], got.strip())), len(wanted)
+    )
+    return range(max(0, last - _BACK), last + 1)
+
+
+def _gap(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    wanted: tuple[int, ...],
+    got: Answer,
+    at: int,
+) -> float:
+    """How much likelier one continuation is than the other, in nats; infinite where only one goes on.
+
+    Of a text the next token is the likeliest one that the text goes on with.
+    """
+    if at >= len(wanted) or (not isinstance(got, str) and at >= len(got)):
+        return math.inf
+    found = log_probabilities(model, tokenizer, [*prompt, *wanted[:at]])
+    if not isinstance(got, str):
+        return _apart(found, wanted[at], got[at])
+    silent = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
+    for token in found.argsort(descending=True)[:_LOOKED_AT].tolist():
+        other = token != wanted[at] and token not in silent
+        if other and _along(tokenizer, (*wanted[:at], token), got.strip()):
+            return _apart(found, wanted[at], token)
+    return math.inf
+
+
+def _apart(found: torch.Tensor, one: int, other: int) -> float:
+    gap = abs(float(found[one] - found[other]))
+    return gap if math.isfinite(gap) else math.inf
+
+
+def _along(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> bool:
+    """Whether a text begins with what tokens say, or is that if they end the answer."""
+    said = str(tokenizer.decode(list(ids), skip_special_tokens=True)).lstrip()
+    if ids[-1] == tokenizer.eos_token_id:
+        return said.rstrip() == text
+    whole = said.rstrip("\ufffd")
+    # Less than a character's bytes: all that can be seen is whether a character of several comes next.
+    return text.startswith(whole) and (whole == said or not text[len(whole) : len(whole) + 1].isascii())
