@@ -112,7 +112,7 @@ def simulate(
 
 
 def chosen(rng: np.random.Generator, size: int, level: float) -> tuple[bool, bool]:
-    """Whether the best of several, none better, is promoted: by what it was chosen by, and by other examples."""
+    """Whether the best of several, none better, is promoted: by what it was chosen by, and by others."""
     scores = read_scores()
     before = scores[int(rng.integers(len(scores)))]
     others = [before + (s - before) - (s - before).mean() for s in scores if s is not before]
