@@ -1,0 +1,55 @@
+"""Frozen records passed between the stages; each carries the id of the one before it.
+
+This package knows no stage: only the shapes that flow along the line. Everything here serialises to JSON and
+back without loss, so that a record can be an MLflow artifact, a line of a log, or a Ray argument.
+"""
+
+from regraft.records.base import Record, content_hash
+from regraft.records.choice import (
+    AnswerDifference,
+    Comparison,
+    GateCheck,
+    Interval,
+    Leaderboard,
+    LeaderboardRow,
+    ModelVersion,
+    Parity,
+    PathParity,
+    PromotionDecision,
+)
+from regraft.records.data import DatasetVersion, Example, Message, Role
+from regraft.records.evaluation import EvalReport, ExampleScore, Likelihood
+from regraft.records.traffic import CapturedExchange, DriftReport, RetrainDecision, TestResult
+from regraft.records.trials import FIGURES, Cost, LossPoint, Speed, TrialResult, TrialStatus
+
+__all__ = [
+    "FIGURES",
+    "AnswerDifference",
+    "CapturedExchange",
+    "Comparison",
+    "Cost",
+    "DatasetVersion",
+    "DriftReport",
+    "EvalReport",
+    "Example",
+    "ExampleScore",
+    "GateCheck",
+    "Interval",
+    "Leaderboard",
+    "LeaderboardRow",
+    "Likelihood",
+    "LossPoint",
+    "Message",
+    "ModelVersion",
+    "Parity",
+    "PathParity",
+    "PromotionDecision",
+    "Record",
+    "RetrainDecision",
+    "Role",
+    "Speed",
+    "TestResult",
+    "TrialResult",
+    "TrialStatus",
+    "content_hash",
+]
