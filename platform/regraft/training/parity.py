@@ -62,11 +62,11 @@ def greedy_ids(
         batch_size: Prompts answered together; one by one nothing is padded.
 
     Returns:
-        New token ids of each answer, with the end-of-turn token if it came to that.
+        New token ids of each answer, with the token that ended it if it came to that.
     """
     import torch
 
-    pad, end = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    pad, ends = int(tokenizer.pad_token_id), _ends(model, tokenizer)
     answers: list[tuple[int, ...]] = []
     with torch.inference_mode(), contiguous_head(base_of(model)):
         soft = soft_prompt(model)
@@ -74,10 +74,16 @@ def greedy_ids(
             asked = [p.ids for p in prompts[start : start + batch_size]]
             call, inputs = padded_inputs(model, asked, pad, soft)
             out = call(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=end
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad,
+                eos_token_id=sorted(ends),
             )
-            new = out[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :].tolist()
-            answers += [tuple(row[: row.index(end) + 1] if end in row else row) for row in new]
+            for row in out[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :].tolist():
+                end = next((n for n, token in enumerate(row, start=1) if token in ends), len(row))
+                answers.append(tuple(row[:end]))
     return answers
 
 
@@ -87,10 +93,10 @@ def log_probabilities(
     """Log-probabilities in nats of what comes next, as greedy decoding sees them; shape (vocabulary,)."""
     import torch
 
-    pad, end = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    pad = int(tokenizer.pad_token_id)
     with torch.inference_mode(), contiguous_head(base_of(model)):
         call, inputs = padded_inputs(model, [ids], pad, soft_prompt(model))
-        settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": pad, "eos_token_id": end}
+        settings = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "pad_token_id": pad}
         out: Any = call(**inputs, **settings, output_scores=True, return_dict_in_generate=True)
         return torch.log_softmax(out.scores[0][0].float(), dim=-1).cpu()
 
@@ -119,11 +125,12 @@ def compare(
         tolerance: Largest difference of log-probabilities that passes for a tie, in nats.
     """
     differences: list[AnswerDifference] = []
+    read = _Reader(tokenizer, _ends(model, tokenizer))
     for prompt, wanted, answer in zip(prompts, expected, got, strict=True):
-        at = _parting(tokenizer, wanted, answer)
+        at = _parting(read, wanted, answer)
         if at is None:
             continue
-        gap, token = min((_gap(model, tokenizer, prompt.ids, wanted, answer, n), n) for n in at)
+        gap, token = min((_gap(model, read, prompt.ids, wanted, answer, n), n) for n in at)
         differences.append(
             AnswerDifference(
                 prompt=prompt.text,
@@ -157,7 +164,29 @@ def tolerance_of(dtype: DTypeName, *, merged: bool = False) -> float:
     return BF16_MERGED_TOLERANCE if merged else BF16_TOLERANCE
 
 
-def _parting(tokenizer: PreTrainedTokenizerBase, wanted: tuple[int, ...], got: Answer) -> range | None:
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Token ids that end an answer: those of the model's generation configuration and the tokenizer's own."""
+    own = base_of(model).generation_config.eos_token_id
+    return frozenset({own} if isinstance(own, int) else own or ()) | {int(tokenizer.eos_token_id)}
+
+
+class _Reader(NamedTuple):
+    """Reads texts beside token ids."""
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]
+
+    def along(self, ids: Sequence[int], text: str) -> bool:
+        """Whether a text begins with what tokens say, or is that if they end the answer."""
+        said = str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).lstrip()
+        if ids[-1] in self.ends:
+            return said.rstrip() == text
+        whole = said.rstrip("\ufffd")
+        # Less than a character's bytes: all that can be seen is whether a character of several comes next.
+        return text.startswith(whole) and (whole == said or not text[len(whole) : len(whole) + 1].isascii())
+
+
+def _parting(read: _Reader, wanted: tuple[int, ...], got: Answer) -> range | None:
     """Where two answers may part: indices of the first token that differs; None if they do not.
 
     Of a text that is not certain. ` 1` may be two tokens and ` the` one: both begin with a space, and yet it
@@ -169,21 +198,15 @@ def _parting(tokenizer: PreTrainedTokenizerBase, wanted: tuple[int, ...], got: A
         pairs = zip(wanted, got, strict=False)
         at = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(wanted), len(got)))
         return range(at, at + 1)
-    if text_of(tokenizer, wanted) == got.strip():
+    text = got.strip()
+    if text_of(read.tokenizer, wanted) == text:
         return None
-    last = next(
-        (n for n in range(len(wanted)) if not _along(tokenizer, wanted[: n + 1], got.strip())), len(wanted)
-    )
+    last = next((n for n in range(len(wanted)) if not read.along(wanted[: n + 1], text)), len(wanted))
     return range(max(0, last - _BACK), last + 1)
 
 
 def _gap(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Sequence[int],
-    wanted: tuple[int, ...],
-    got: Answer,
-    at: int,
+    model: nn.Module, read: _Reader, prompt: Sequence[int], wanted: tuple[int, ...], got: Answer, at: int
 ) -> float:
     """How much likelier one continuation is than the other, in nats; infinite where only one goes on.
 
@@ -191,13 +214,13 @@ def _gap(
     """
     if at >= len(wanted) or (not isinstance(got, str) and at >= len(got)):
         return math.inf
-    found = log_probabilities(model, tokenizer, [*prompt, *wanted[:at]])
+    found = log_probabilities(model, read.tokenizer, [*prompt, *wanted[:at]])
     if not isinstance(got, str):
         return _apart(found, wanted[at], got[at])
-    silent = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
+    silent = set(read.tokenizer.all_special_ids) - read.ends
     for token in found.argsort(descending=True)[:_LOOKED_AT].tolist():
         other = token != wanted[at] and token not in silent
-        if other and _along(tokenizer, (*wanted[:at], token), got.strip()):
+        if other and read.along((*wanted[:at], token), got.strip()):
             return _apart(found, wanted[at], token)
     return math.inf
 
@@ -205,13 +228,3 @@ def _gap(
 def _apart(found: torch.Tensor, one: int, other: int) -> float:
     gap = abs(float(found[one] - found[other]))
     return gap if math.isfinite(gap) else math.inf
-
-
-def _along(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> bool:
-    """Whether a text begins with what tokens say, or is that if they end the answer."""
-    said = str(tokenizer.decode(list(ids), skip_special_tokens=True)).lstrip()
-    if ids[-1] == tokenizer.eos_token_id:
-        return said.rstrip() == text
-    whole = said.rstrip("\ufffd")
-    # Less than a character's bytes: all that can be seen is whether a character of several comes next.
-    return text.startswith(whole) and (whole == said or not text[len(whole) : len(whole) + 1].isascii())
