@@ -556,6 +556,8 @@ def test_finished_trial_is_recorded_with_its_scores_and_what_it_trained(
     assert (result.logged_model_id == "m-1") == trained
     assert any(name.endswith(".safetensors") for name in runs[0].files) == trained
     assert (result.cost.adapter_bytes > 0) == trained
+    assert (result.cost.energy_wh is not None) == bool(result.cost.energy_how) == trained
+    assert ("energy_wh" in result.figures) == trained
     assert len(runs[0].curve) == (2 if trained else 0)
     assert result.data["packed"] == 1
     assert [r["status"] for r in reports] == [*["training"] * (2 if trained else 0), "completed"]

@@ -1,10 +1,13 @@
-"""Greedy answers to many prompts: static batches, sorted by length, through transformers' `generate`.
+"""Greedy answers to many prompts, the same as transformers' `generate` gives to each alone.
 
-Serving's static engine builds its batches by the same functions: what was evaluated is what is served.
+Models that `decode` understands are answered in a batch that is kept full, others in static batches sorted by
+length through `generate`. Serving's static engine builds its batches by the same functions: what was
+evaluated is what is served.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -115,6 +118,13 @@ def padded_inputs(
     return base.generate, {"inputs_embeds": embeds, "attention_mask": mask}
 
 
+def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Token ids that end an answer: those of the model's generation configuration and the tokenizer's own."""
+    own = base_of(model).generation_config.eos_token_id
+    found = {own} if isinstance(own, int) else set(own or ())
+    return frozenset(found | {int(tokenizer.eos_token_id)})
+
+
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,22 +141,56 @@ def generate(
         tokenizer: Its tokenizer.
         prompts: Token ids, up to where the answer begins.
         max_new_tokens: Longest answer.
-        batch_size: Prompts answered together.
+        batch_size: Most prompts answered together.
         progress: Called with how many are done.
 
     Returns:
         The answers, in the order of the prompts, without special tokens.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
-    with contiguous_head(base_of(model)):
+    found = new_tokens(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    )
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in found]
+
+
+def new_tokens(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[list[int]]:
+    """The token ids of each answer, up to and without what ends it; see `generate`."""
+    import torch
+
+    from regraft.evals.decode import decode, understands
+
+    answers: list[list[int]] = [[] for _ in prompts]
+    base, soft, pad = base_of(model), soft_prompt(model), int(tokenizer.pad_token_id)
+    with torch.inference_mode(), contiguous_head(base):
+        if understands(base):
+            decoded = decode(
+                base,
+                [len(prompt) for prompt in prompts],
+                lambda some: padded_inputs(model, [prompts[i] for i in some], pad, soft)[1],
+                ends=end_ids(model, tokenizer),
+                max_new_tokens=max_new_tokens,
+                places=batch_size,
+            )
+            for done, (index, ids) in enumerate(decoded, start=1):
+                answers[index] = ids
+                progress(done)
+            return answers
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             new = _generate_batch(model, tokenizer, [prompts[i] for i in rows], max_new_tokens)
-            for row, ids in zip(rows, new, strict=True):
-                answers[row] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            for index, ids in zip(rows, new, strict=True):
+                answers[index] = ids
             alive()
-            progress(min(start + batch_size, len(order)))
+            progress(start + len(rows))
     return answers
 
 
@@ -159,43 +203,57 @@ def measure_speed(
     threads: int,
 ) -> Speed:
     """Answer a few prompts one by one, after a short warm-up, and time them."""
-    latencies, first, tokens = [], [], 0
+    latencies: list[float] = []
+    first: list[float] = []
+    between: list[float] = []
+    tokens = 0
     with contiguous_head(base_of(model)):
         _generate_batch(model, tokenizer, [prompts[0]], max_new_tokens=2)
         for prompt in prompts:
-            clock = _FirstToken()
+            clock = _Clock()
             started = time.perf_counter()
             new = _generate_batch(model, tokenizer, [prompt], max_new_tokens, streamer=clock)
-            seconds = time.perf_counter() - started
-            latencies.append(seconds * 1000)
-            first.append((clock.first - started) * 1000)
+            latencies.append((time.perf_counter() - started) * 1000)
+            times = clock.times
+            first.append((times[0] - started) * 1000)
+            between += [(after - before) * 1000 for before, after in itertools.pairwise(times)]
             tokens += len(new[0])
             alive()
-    ordered = sorted(latencies)
     return Speed(
-        latency_p50_ms=statistics.median(ordered),
-        latency_p95_ms=ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))],
+        latency_p50_ms=statistics.median(latencies),
+        latency_p95_ms=_p95(latencies),
         first_token_p50_ms=statistics.median(first),
+        first_token_p95_ms=_p95(first),
+        token_p50_ms=statistics.median(between) if between else None,
+        token_p95_ms=_p95(between) if between else None,
         tokens_per_second=tokens / (sum(latencies) / 1000),
-        how=f"{len(prompts)} prompts one by one, at most {max_new_tokens} tokens, {threads} threads, batch 1",
+        how=(
+            f"{len(prompts)} prompts one by one through transformers' generate after a warm-up, at most "
+            f"{max_new_tokens} tokens each, {threads} threads, batch 1; token_p50_ms and token_p95_ms are "
+            "over the times from each token to the next, which are not made into text."
+        ),
     )
 
 
-class _FirstToken:
-    """A streamer that notes when the first new token came; the first `put` is the prompt."""
+def _p95(values: Sequence[float]) -> float:
+    return sorted(values)[round(0.95 * (len(values) - 1))]
+
+
+class _Clock:
+    """A streamer that notes when each new token came, and does no more; the first `put` is the prompt."""
 
     def __init__(self) -> None:
-        self.puts = 0
-        self.first = 0.0
+        self._puts: list[float] = []
 
     def put(self, _: Any) -> None:
-        self.puts += 1
-        if self.puts == 2:
-            self.first = time.perf_counter()
+        self._puts.append(time.perf_counter())
 
     def end(self) -> None:
-        if self.puts < 2:
-            self.first = time.perf_counter()
+        pass
+
+    @property
+    def times(self) -> list[float]:
+        return self._puts[1:]
 
 
 def _generate_batch(
@@ -208,19 +266,19 @@ def _generate_batch(
     """New token ids of each row, up to and without what ends it."""
     import torch
 
-    pad = int(tokenizer.pad_token_id)
+    pad, ends = int(tokenizer.pad_token_id), end_ids(model, tokenizer)
     with torch.inference_mode():
         call, inputs = padded_inputs(model, prompts, pad, soft_prompt(model))
         out = call(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=1,
             pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(ends),
             streamer=streamer,
         )
     # Asked with token ids `generate` gives the prompt back too; asked with embeddings, the new tokens alone.
     start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-    end = tokenizer.eos_token_id
-    rows = [row.tolist() for row in out[:, start:]]
-    return [row[: row.index(end)] if end in row else row for row in rows]
+    rows = (row.tolist() for row in out[:, start:])
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
