@@ -70,9 +70,11 @@ def main() -> None:
         results["lora"] = by_turns(contenders, prompts, few, rounds, device)
         model = method.load(folder, None, "bfloat16", device).eval()
         contenders = contend(model, tokenizer, settings.max_new_tokens, settings.batch_size)
+        some, turns = prompts, rounds
         if settings.quick:
             del contenders["alone"]
-        results["base"] = by_turns(contenders, prompts, few[:2], 1 if settings.quick else rounds, device)
+            some, turns = prompts[: 2 * settings.batch_size], 1
+        results["base"] = by_turns(contenders, some, few, turns, device)
     ours, base = results["lora"], results["base"]
 
     def times(found: dict[str, Any], peer: str) -> float:
