@@ -13,7 +13,8 @@ from rich.table import Table
 
 from jobs.console import Say, console, say
 from jobs.evaluation_sets import with_registered
-from jobs.workspace import Connection, Workspace, connected
+from jobs.workspace import Workspace, connected
+from regraft.cluster.quiet import QuietWorker
 from regraft.config import Experiment
 from regraft.data.dataset import load_dataset
 from regraft.errors import RegraftError
@@ -28,7 +29,7 @@ def evaluate_version(
     experiment: Experiment,
     dataset: DatasetVersion,
     version: ModelVersion,
-    connection: Connection,
+    worker: QuietWorker,
     say: Say = say,
     known: Sequence[ExampleScore] = (),
 ) -> tuple[EvalReport, Speed | None]:
@@ -38,20 +39,19 @@ def evaluate_version(
         experiment: How to answer and score.
         dataset: With the evaluation sets.
         version: What to measure.
-        connection: Where things are.
+        worker: Where.
         say: Called with what is worth seeing.
         known: Scores from before that need no second answer.
     """
     from regraft.training.final import Entry
-    from regraft.tuning.finals import Quiet, quietly
+    from regraft.tuning.finals import Quiet
 
     entry = Entry(
         label=version.served_id, method=version.method, base_model=version.base_model,
         base_revision=version.base_revision, logged_model_id=version.logged_model_id,
     )  # fmt: skip
     say(f"measuring {version.served_id} alone")
-    with quietly(experiment, connection.tracking_uri, say) as worker:
-        return Quiet(experiment, dataset, worker)(entry, known)
+    return Quiet(experiment, dataset, worker)(entry, known)
 
 
 def show(experiment: Experiment, version: ModelVersion, report: EvalReport, speed: Speed | None) -> None:
@@ -97,6 +97,8 @@ def run(path: Path, number: int | None) -> None:
     Raises:
         RegraftError: If there is no such version.
     """
+    from regraft.tuning.finals import quietly
+
     experiment = Experiment.load(path)
     dataset = load_dataset(experiment.name, experiment.data)
     with connected(experiment, Workspace(), say) as connection:
@@ -109,7 +111,8 @@ def run(path: Path, number: int | None) -> None:
         if version is None:
             raise RegraftError(f"{experiment.name} has no champion", "run `regraft sweep`, or name a version")
         dataset = with_registered(experiment, dataset, registry, say)
-        report, speed = evaluate_version(experiment, dataset, version, connection)
+        with quietly(experiment, connection.tracking_uri, say) as worker:
+            report, speed = evaluate_version(experiment, dataset, version, worker)
         run_id = connection.tracker(experiment).log_evaluation(version, report, speed)
         show(experiment, version, report, speed)
         console.print(f"kept as run {run_id}", markup=False)

@@ -13,6 +13,7 @@ from jobs.evaluation_sets import keep_sets
 from jobs.parity import check_parity
 from jobs.workspace import Connection
 from regraft.cluster.locks import cluster_lock
+from regraft.cluster.quiet import QuietWorker
 from regraft.config import Experiment
 from regraft.data.dataset import evaluation_parts
 from regraft.errors import RegraftError
@@ -85,6 +86,8 @@ def promote_winner(
     Raises:
         RegraftError: If there is no winner or nothing to compare it with.
     """
+    from regraft.tuning.finals import quietly
+
     winner = next((r for r in results if r.key == board.winner_key), None)
     if winner is None or winner.final is None:
         raise RegraftError(
@@ -95,25 +98,28 @@ def promote_winner(
     settled = registry.promotion(version)
     if registry.by_alias(experiment.name, CHAMPION) == version and settled is not None:
         return version, settled  # this very sweep was settled before
-    say(f"checking that {version.served_id} answers alike however it is run")
-    parity = _parity(experiment, dataset, version, winner, connection)
-    challenger = Candidate(version.served_id, winner.final, winner.figures)
     control = _control(experiment, board, results)
-    for _ in range(_ROUNDS):
-        champion = registry.by_alias(experiment.name, CHAMPION)
-        if champion is None and control is None:
-            raise RegraftError(
-                "there is neither a champion nor a control to compare the winner with",
-                "add {name: zero_shot} to sweep.methods",
-            )
-        incumbent = None if champion is None else _candidate(experiment, dataset, champion, connection, say)
-        decision = judge(challenger, incumbent, control, rules_of(experiment), parity=parity)
-        try:
-            settle(experiment, dataset, version, winner, decision, champion, connection)
-        except PromotionConflictError as conflict:
-            say(f"{conflict.problem}: judged again")
-            continue
-        return version, decision
+    with quietly(experiment, connection.tracking_uri, say) as worker:
+        say(f"checking that {version.served_id} answers alike however it is run")
+        parity = _parity(experiment, dataset, version, winner, worker)
+        challenger = Candidate(version.served_id, winner.final, winner.figures)
+        for _ in range(_ROUNDS):
+            champion = registry.by_alias(experiment.name, CHAMPION)
+            if champion is None and control is None:
+                raise RegraftError(
+                    "there is neither a champion nor a control to compare the winner with",
+                    "add {name: zero_shot} to sweep.methods",
+                )
+            incumbent = None
+            if champion is not None:
+                incumbent = _candidate(experiment, dataset, champion, connection, worker, say)
+            decision = judge(challenger, incumbent, control, rules_of(experiment), parity=parity)
+            try:
+                settle(experiment, dataset, version, winner, decision, champion, connection)
+            except PromotionConflictError as conflict:
+                say(f"{conflict.problem}: judged again")
+                continue
+            return version, decision
     raise RegraftError(
         f"the champion of {experiment.name} changed {_ROUNDS} times while {version.served_id} was judged",
         "start the same again: what is finished is found",
@@ -136,7 +142,12 @@ def _control(experiment: Experiment, board: Leaderboard, results: Sequence[Trial
 
 
 def _candidate(
-    experiment: Experiment, dataset: DatasetVersion, champion: ModelVersion, connection: Connection, say: Say
+    experiment: Experiment,
+    dataset: DatasetVersion,
+    champion: ModelVersion,
+    connection: Connection,
+    worker: QuietWorker,
+    say: Say,
 ) -> Candidate:
     """The champion on the final examples of today's evaluation sets, measured where the challenger was.
 
@@ -149,7 +160,7 @@ def _candidate(
         if report is not None and report.asked == experiment.evaluate.asked
         for example in report.examples
     ]
-    report, speed = evaluate_version(experiment, dataset, champion, connection, say, known)
+    report, speed = evaluate_version(experiment, dataset, champion, worker, say, known)
     return Candidate(champion.served_id, report, before.figures | (speed.figures if speed else {}))
 
 
@@ -158,21 +169,17 @@ def _parity(
     dataset: DatasetVersion,
     version: ModelVersion,
     winner: TrialResult,
-    connection: Connection,
+    worker: QuietWorker,
 ) -> Parity:
-    """Whether the version answers alike however it is run, looked at on the cluster."""
+    """Whether the version answers alike however it is run, looked at on the worker."""
     import ray
 
     assert winner.final is not None
     examples = {e.id: e for e in evaluation_parts(dataset, experiment.evaluate.final_share).final}
     asked = [e for e in winner.final.examples if e.example_id in examples]
-    folder = connection.registry.fetch(version.logged_model_id)
-    task = ray.remote(num_cpus=experiment.sweep.cpus_per_trial, num_gpus=experiment.sweep.gpus_per_trial)(
-        check_parity
-    )
     found: Parity = ray.get(
-        task.remote(
-            version, folder, [examples[e.example_id] for e in asked],
+        worker.actor.parity.remote(
+            check_parity, version, [examples[e.example_id] for e in asked],
             dtype=experiment.model.dtype, device=experiment.model.device,
             answers=[e.output for e in asked], max_new_tokens=experiment.evaluate.max_new_tokens,
         )

@@ -479,6 +479,12 @@ def test_a_figure_may_be_so_many_times_the_incumbents() -> None:
     decision = gated(rules=rules, before=before, figures={"token_p50_ms": 15.1})
     assert decision.outcome == "reject"
     assert "token_p50_ms is 15.1, not at most 1.5 times the 10 of old" in decision.reason
+    # Every adapter is slower than the bare base: without a champion there is nothing to hold it against.
+    alone = gated(
+        rules=rules, champion=None, figures={"token_p50_ms": 99.0},
+        control=Candidate("base", report(noisy(0.3, 60, 3)), before),
+    )  # fmt: skip
+    assert alone.outcome == "promote"
 
 
 @pytest.mark.parametrize(

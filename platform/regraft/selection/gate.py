@@ -47,7 +47,7 @@ class Rules(NamedTuple):
         resamples: Bootstrap samples and random exchanges.
         bounds: Bounds on the challenger's own figures.
         not_worse: By how much a figure may be worse than the incumbent's, and which way is better.
-        at_most_times: How many times the incumbent's a figure may be.
+        at_most_times: How many times the champion's a figure may be.
         trust: Of metrics that have to prove themselves first.
     """
 
@@ -94,6 +94,8 @@ def judge(
     overall = [_compare(challenger, other, "all sets", rules) for other in (champion, control) if other]
     each = [_compare(challenger, incumbent, name, rules, of_set=name) for name in sets]
     checks = [*_own_bounds(challenger, rules), *_beside(challenger, incumbent, rules)]
+    if champion is not None:  # of the bare base every adapter is slower
+        checks += _times(challenger, champion, rules)
     settle = [n for c in overall if (n := _to_settle(c)) is not None]
     outcome: Literal["promote", "reject", "inconclusive"]
     if wrong := _wrong(overall, each, checks, parity, rules):
@@ -176,6 +178,12 @@ def _beside(challenger: Candidate, incumbent: Candidate, rules: Rules) -> list[G
         ok = mine is not None and (mine - theirs if better == "lower" else theirs - mine) <= margin + 1e-12
         rule = f"no more than {margin:g} {'above' if better == 'lower' else 'below'}"
         found.append(_check(name, mine, incumbent.name, theirs, rule, ok))
+    return found
+
+
+def _times(challenger: Candidate, incumbent: Candidate, rules: Rules) -> list[GateCheck]:
+    """The figures that may be so many times the champion's."""
+    found = []
     for name, times in rules.at_most_times.items():
         mine, theirs = challenger.figure(name), incumbent.figure(name)
         if not theirs:

@@ -16,7 +16,15 @@ from regraft.cluster.quiet import QuietWorker, quiet_worker
 from regraft.config import Experiment
 from regraft.data.dataset import evaluation_parts
 from regraft.models import home
-from regraft.records import DatasetVersion, Example, ExampleScore, Leaderboard, TrialResult
+from regraft.records import (
+    DatasetVersion,
+    Example,
+    ExampleScore,
+    Leaderboard,
+    ModelVersion,
+    Parity,
+    TrialResult,
+)
 from regraft.selection.rank import rank
 from regraft.tracking.registry import Registry
 from regraft.tracking.runs import Tracker
@@ -47,6 +55,13 @@ class Measuring:
         if entry.logged_model_id is not None:
             folder = self._registry.fetch(entry.logged_model_id)
         return measure(entry, examples, *args, folder=folder, bases=self._bases, **kwargs)
+
+    def parity(
+        self, check: Callable[..., Parity], version: ModelVersion, *args: Any, **kwargs: Any
+    ) -> Parity:
+        """Check, by a function of the stages above, that a version answers alike however it is run."""
+        self._bases = BaseCache()  # it loads its own, one at a time
+        return check(version, self._registry.fetch(version.logged_model_id), *args, **kwargs)
 
 
 class Quiet:
