@@ -6,7 +6,6 @@ has its own sampling, its own stop and its own end. What arrives meanwhile waits
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import threading
 from collections import deque
@@ -24,88 +23,14 @@ from serving.engines.base import (
     EngineClosedError,
     EngineError,
     EngineLimits,
-    Event,
-    Finished,
-    FinishReason,
     GenerationRequest,
     QueueFullError,
     Stream,
-    TextDelta,
 )
-from serving.engines.text import Detokenizer, StopScanner
+from serving.engines.rows import Row, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class _Row(Stream):
-    """One request: filled by the worker thread, read on the event loop that submitted it."""
-
-    def __init__(
-        self, engine: StaticEngine, request: GenerationRequest, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        self.request = request
-        self.done = False
-        self.generator: torch.Generator | None = None
-        self._engine = engine
-        self._detokenizer = Detokenizer(tokenizer)
-        self._scanner = StopScanner(request.stop)
-        self._count = 0
-        self._ended = False
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event | EngineError] = asyncio.Queue()
-
-    async def __anext__(self) -> Event:
-        if self._ended:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        self._ended = not isinstance(event, TextDelta)
-        if isinstance(event, EngineError):
-            raise event
-        return event
-
-    def cancel(self) -> None:
-        self._ended = True
-        self._engine.cancel(self)
-
-    def take(self, token: int, eos: frozenset[int]) -> None:
-        """Add one generated token, on the worker thread."""
-        self._count += 1
-        if token in eos:
-            self.finish("stop")
-            return
-        text, stopped = self._scanner.push(self._detokenizer.push(token))
-        self._give(text)
-        if stopped:
-            self._end("stop")
-        elif self._count >= self.request.max_new_tokens:
-            self.finish("length")
-
-    def finish(self, reason: FinishReason) -> None:
-        """End the answer, giving out what was held back."""
-        text, stopped = self._scanner.push(self._detokenizer.flush())
-        self._give(text if stopped else text + self._scanner.flush())
-        self._end("stop" if stopped else reason)
-
-    def fail(self, error: EngineError) -> None:
-        """End the request with an error."""
-        if not self.done:
-            self.done = True
-            self._post(error)
-
-    def _end(self, reason: FinishReason) -> None:
-        self.done = True
-        self._post(Finished(reason, len(self.request.prompt_ids), self._count))
-
-    def _give(self, text: str) -> None:
-        if text:
-            self._post(TextDelta(text))
-
-    def _post(self, event: Event | EngineError) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop has closed: nobody is left to read
-            self.done = True
 
 
 class _TakeTokens(StoppingCriteria):  # type: ignore[misc]
@@ -114,7 +39,7 @@ class _TakeTokens(StoppingCriteria):  # type: ignore[misc]
     A stopping criterion sees every step's tokens and decides per row; a streamer only sees them.
     """
 
-    def __init__(self, rows: Sequence[_Row], eos: frozenset[int]) -> None:
+    def __init__(self, rows: Sequence[Row], eos: frozenset[int]) -> None:
         self._rows = rows
         self._eos = eos
 
@@ -128,27 +53,14 @@ class _TakeTokens(StoppingCriteria):  # type: ignore[misc]
 class _SampleRows(LogitsProcessor):  # type: ignore[misc]
     """Draws the tokens of sampled rows and masks all others, so that `generate` itself stays greedy."""
 
-    def __init__(self, rows: Sequence[_Row]) -> None:
+    def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for index, row in enumerate(self._rows):
-            request = row.request
-            if row.done or request.temperature == 0:
+            if row.done or row.request.temperature == 0:
                 continue
-            # Drawn on the CPU whatever the device: a seed means the same everywhere.
-            probabilities = torch.softmax(scores[index].float().cpu() / request.temperature, dim=-1)
-            if request.top_p < 1:
-                ordered, order = probabilities.sort(descending=True, stable=True)
-                ordered[ordered.cumsum(0) - ordered >= request.top_p] = 0
-                probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
-            if row.generator is None:
-                row.generator = torch.Generator()
-                if request.seed is None:
-                    row.generator.seed()
-                else:
-                    row.generator.manual_seed(request.seed)
-            drawn = int(torch.multinomial(probabilities, 1, generator=row.generator))
+            drawn = draw(row, scores[index])
             scores[index] = -torch.inf
             scores[index, drawn] = 0
         return scores
@@ -170,8 +82,8 @@ class StaticEngine(Engine):
         self._tokenizer = tokenizer
         self._encoding = threading.Lock()
         self._changed = threading.Condition()
-        self._waiting: deque[_Row] = deque()
-        self._running: list[_Row] = []
+        self._waiting: deque[Row] = deque()
+        self._running: list[Row] = []
         self._closed = False
 
         self._base = base_of(model)
@@ -199,7 +111,7 @@ class StaticEngine(Engine):
 
     def submit(self, request: GenerationRequest) -> Stream:
         """Take on a request; see `Engine.submit`."""
-        row = _Row(self, request, self._tokenizer)
+        row = Row(request, self._tokenizer, self.cancel)
         with self._changed:
             if self._closed:
                 raise EngineClosedError("this model version is being unloaded")
@@ -210,7 +122,7 @@ class StaticEngine(Engine):
             self._changed.notify()
         return row
 
-    def cancel(self, row: _Row) -> None:
+    def cancel(self, row: Row) -> None:
         """Stop working for a row: at once if it waits, at the next token if it runs."""
         with self._changed:
             row.done = True
@@ -242,7 +154,7 @@ class StaticEngine(Engine):
                 with self._changed:
                     self._running = []
 
-    def _next_batch(self) -> list[_Row]:
+    def _next_batch(self) -> list[Row]:
         """Wait for requests and take those that go together; empty when closed."""
         with self._changed:
             while not self._closed:
@@ -260,7 +172,7 @@ class StaticEngine(Engine):
         return len(self._waiting) >= self._limits.max_batch or self._closed
 
     @torch.inference_mode()
-    def _answer(self, rows: list[_Row]) -> None:
+    def _answer(self, rows: list[Row]) -> None:
         config = copy.deepcopy(self._config)
         config.max_new_tokens = max(row.request.max_new_tokens for row in rows)
         prompts = [row.request.prompt_ids for row in rows]

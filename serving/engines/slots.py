@@ -1,0 +1,447 @@
+"""Continuous batching: requests of many adapters on one base, joining and leaving between steps.
+
+A base is held once in a process (`SlotsBase`); each served version is a view of it (`SlotEngine`). Keys and
+values lie in slots, one a request, of which those in use come first, so that a step works on views. All slots
+end in the same column: a request that joins is put so that it ends there, and what stands before its
+beginning is masked. One that finishes gives its slot to the last.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from regraft.evals.generation import end_ids, make_contiguous
+from regraft.models import prompt_ids
+from regraft.records import Message
+from serving.engines.adapters import Adapter
+from serving.engines.base import (
+    Engine,
+    EngineClosedError,
+    EngineError,
+    EngineLimits,
+    GenerationRequest,
+    QueueFullError,
+    Stream,
+)
+from serving.engines.mixed import Mix
+from serving.engines.rows import Row, draw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Columns that the slots grow by.
+_ROOM = 128
+#: Prompt tokens, padding included, that pass through between two steps: those who wait for their next token
+#: wait for these.
+_PREFILL_TOKENS = 2048
+T = TypeVar("T")
+
+
+class _Slotted(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of a layer: the slots in use, from the first column in use."""
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__()
+        self.slots, self.is_initialized = slots, True
+        self.buffers: list[torch.Tensor] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new column; gives all that the rows may look at."""
+        s = self.slots
+        n, new = s.used, s.end + 1
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:n, :, s.end : new] = states
+        keys, values = (buffer[:n, :, s.first : new] for buffer in self.buffers)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Columns in use."""
+        return self.slots.end - self.slots.first
+
+
+class Slots:
+    """Keys and values of the requests that are being answered.
+
+    Args:
+        base: The transformers model.
+        count: Slots.
+    """
+
+    def __init__(self, base: Any, count: int) -> None:
+        self._base, self._count = base, count
+        self.used = self.first = self.end = self._capacity = 0
+        self.begins: list[int] = []
+        self.cache = DynamicCache(config=base.config)
+        self._layers = [_Slotted(self) for _ in self.cache.layers]
+        self.cache.layers = self._layers
+        self.mask = torch.zeros(count, 0, dtype=torch.long, device=base.device)
+
+    def join(self, states: Sequence[tuple[torch.Tensor, torch.Tensor]], mask: torch.Tensor) -> None:
+        """Put new requests behind those there are.
+
+        Args:
+            states: Keys and values of each layer, (rows, heads, columns, width), padded on the left.
+            mask: (rows, columns).
+        """
+        if not self._layers[0].buffers:
+            for layer, pair in zip(self._layers, states, strict=True):
+                layer.buffers = [s.new_zeros(self._count, s.shape[1], 0, s.shape[3]) for s in pair]
+        rows, columns = mask.shape
+        if not self.used and columns < self._capacity:
+            self.first = self.end = columns
+        elif self.end < columns or not self.used:
+            self._move(columns - (self.end - self.first) if self.used else columns)
+        here = slice(self.used, self.used + rows)
+        begin = self.end - columns
+        for layer, pair in zip(self._layers, states, strict=True):
+            for buffer, new in zip(layer.buffers, pair, strict=True):
+                buffer[here, :, begin : self.end] = new
+        self.mask[here, :begin] = 0
+        self.mask[here, begin : self.end] = mask
+        self.mask[here, self.end :] = 1
+        self.begins += (self.end - mask.sum(-1)).tolist()
+        self.used += rows
+        self.first = min(self.begins)
+
+    def leave(self, slot: int) -> None:
+        """Free a slot; the last request takes its place."""
+        last = self.used - 1
+        if slot != last:
+            span = slice(self.begins[last], self.end)
+            for layer in self._layers:
+                for buffer in layer.buffers:
+                    buffer[slot, :, span] = buffer[last, :, span]
+            self.mask[slot] = self.mask[last]
+            self.begins[slot] = self.begins[last]
+        self.begins.pop()
+        self.used = last
+        self.first = min(self.begins, default=self.end)
+
+    def inputs(self) -> dict[str, Any]:
+        """What a step is called with beside tokens and positions; makes room for its column."""
+        if self.end == self._capacity:
+            self._move(0)
+        return {
+            "attention_mask": self.mask[: self.used, self.first : self.end + 1],
+            "past_key_values": self.cache,
+        }
+
+    def _move(self, before: int) -> None:
+        """Move what is in use to the left, behind so many free columns, into larger buffers if need be."""
+        kept = self.end - self.first if self.used else 0
+        old = slice(self.first, self.first + kept)
+        first, end = before, before + kept
+        grown = max(self._capacity, -(-(end + 1) // _ROOM) * _ROOM)
+        if grown < end + _ROOM // 2:  # not again at once
+            grown += _ROOM
+        for layer in self._layers:
+            for index, buffer in enumerate(layer.buffers):
+                # Zeros: what is masked is multiplied by nothing, and nothing times NaN is NaN.
+                new = buffer.new_zeros(*buffer.shape[:2], grown, buffer.shape[3])
+                new[: self.used, :, first:end] = buffer[: self.used, :, old]
+                layer.buffers[index] = new
+        mask = self.mask.new_ones(self._count, grown)
+        mask[:, :first] = 0
+        mask[: self.used, first:end] = self.mask[: self.used, old]
+        self.begins = [begin - self.first + first for begin in self.begins]
+        self.mask, self._capacity, self.first, self.end = mask, grown, first if self.used else end, end
+
+
+class _Asked(Row):
+    """A request with its adapter's number and the position of its next token."""
+
+    adapter = 0
+    position = 0
+    token = 0
+
+
+class SlotsBase:
+    """A base model in memory, and the thread that answers with it.
+
+    Args:
+        base: The transformers model; it must not be used elsewhere meanwhile.
+        tokenizer: Its tokenizer.
+        limits: How much to take on, for all versions together.
+    """
+
+    def __init__(self, base: Any, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits) -> None:
+        self.base, self.tokenizer, self.limits = base, tokenizer, limits
+        self.mix = Mix(base)
+        self.encoding = threading.Lock()
+        self._changed = threading.Condition()
+        self._waiting: deque[_Asked] = deque()
+        self._joining: list[_Asked] = []
+        self._live: list[_Asked] = []
+        self._slots = Slots(base, limits.max_batch)
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._closed = False
+        #: Adapters that are let go: no request may ask for one any more.
+        self._removed: set[int] = set()
+        self._eos = end_ids(base, tokenizer)
+        known = inspect.signature(base.forward).parameters
+        self._more = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        base.get_output_embeddings().register_forward_pre_hook(make_contiguous)
+        self._worker = threading.Thread(target=self._work, name="regraft-slots", daemon=True)
+        self._worker.start()
+
+    def add(self, adapter: Adapter) -> int:
+        """Take an adapter in, between two steps; gives its number."""
+        return self._between_steps(lambda: self.mix.add(adapter))
+
+    def remove(self, number: int) -> None:
+        """Let an adapter go; whoever waits for it, or is answered by it, fails."""
+
+        def drop() -> None:
+            with self._changed:
+                self._removed.add(number)
+                gone = [row for row in (*self._waiting, *self._live) if row.adapter == number]
+                self._waiting = deque(row for row in self._waiting if row.adapter != number)
+            for row in gone:
+                row.fail(EngineClosedError("this model version was unloaded"))
+            self._sweep_out()
+            self.mix.remove(number)
+
+        self._between_steps(drop)
+
+    def submit(self, request: GenerationRequest, adapter: int) -> Stream:
+        """Take on a request; see `Engine.submit`."""
+        row = _Asked(request, self.tokenizer, self.cancel)
+        row.adapter = adapter
+        with self._changed:
+            if self._closed or adapter in self._removed:
+                raise EngineClosedError("this model version is being unloaded")
+            busy = len(self._waiting) + sum(not r.done for r in (*self._joining, *self._live))
+            if busy >= self.limits.max_batch + self.limits.max_queued:
+                raise QueueFullError(f"{busy} requests are being answered or wait; try again later")
+            self._waiting.append(row)
+            self._changed.notify()
+        return row
+
+    def cancel(self, row: Row) -> None:
+        """Stop working for a row: at once if it waits, at the next token if it runs."""
+        with self._changed:
+            row.done = True
+            if row in self._waiting:
+                self._waiting.remove(row)  # type: ignore[arg-type]
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Fail what waits and what runs, end the worker, let go of the model."""
+        with self._changed:
+            self._closed = True
+            rows = [*self._waiting, *self._joining, *self._live]
+            self._waiting.clear()
+            self._changed.notify()
+        for row in rows:
+            row.fail(EngineClosedError("this model version was unloaded"))
+        self._worker.join()
+        del self.base, self._slots, self.mix
+
+    def _between_steps(self, call: Callable[[], T]) -> T:
+        done: Future[T] = Future()
+        with self._changed:
+            if self._closed:
+                raise EngineClosedError("this model version is being unloaded")
+            self._calls.append((call, done))
+            self._changed.notify()
+        return done.result()
+
+    def _work(self) -> None:
+        torch.set_num_threads(self.limits.threads)  # OpenMP keeps this per calling thread
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._calls or self._waiting or self._live)
+                if self._closed:
+                    break
+                calls, self._calls = self._calls, deque()
+            with torch.inference_mode():
+                for call, done in calls:
+                    try:
+                        done.set_result(call())
+                    except Exception as error:
+                        done.set_exception(error)
+                with self._changed:
+                    self._joining = self._next_to_join()
+                self._guarded(self._joining, self._join)
+                self._joining = []
+                self._sweep_out()
+                self._guarded(self._live, self._step)
+                self._sweep_out()
+        for _, done in self._calls:
+            done.set_exception(EngineClosedError("this model version was unloaded"))
+
+    @staticmethod
+    def _guarded(rows: list[_Asked], work: Callable[[list[_Asked]], None]) -> None:
+        """Whatever goes wrong fails the rows that it went wrong for, and no others."""
+        if not rows:
+            return
+        try:
+            work(rows)
+        except Exception as error:
+            for row in rows:
+                row.fail(EngineError(f"generation failed: {type(error).__name__}: {error}"))
+
+    def _next_to_join(self) -> list[_Asked]:
+        """Those who wait and for whom there is a slot, as many as pass through together."""
+        some: list[_Asked] = []
+        widest = 0
+        while self._waiting and len(some) < self.limits.max_batch - len(self._live):
+            row = self._waiting[0]
+            widest = max(widest, len(row.request.prompt_ids) + self._virtual(row))
+            if some and (len(some) + 1) * widest > _PREFILL_TOKENS:
+                break
+            some.append(self._waiting.popleft())
+        return some
+
+    def _virtual(self, row: _Asked) -> int:
+        return self.mix.adapter(row.adapter).virtual_tokens
+
+    def _join(self, rows: list[_Asked]) -> None:
+        """Read prompts and say their first tokens; prefixes of keys and values go in a batch of their own."""
+        rows = [row for row in rows if not row.done]
+        for prefixed in (False, True):
+            some = [row for row in rows if bool(self.mix.adapter(row.adapter).prefix) == prefixed]
+            if some:
+                self._read(some)
+
+    def _read(self, rows: list[_Asked]) -> None:
+        base, device = self.base, self.base.device
+        adapters = [self.mix.adapter(row.adapter) for row in rows]
+        virtual = [0 if a.prefix else a.virtual_tokens for a in adapters]
+        lengths = [len(row.request.prompt_ids) + v for row, v in zip(rows, virtual, strict=True)]
+        widest = max(lengths)
+        ids = torch.zeros(len(rows), widest, dtype=torch.long)
+        mask = torch.zeros(len(rows), widest, dtype=torch.long)
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            ids[index, widest - len(row.request.prompt_ids) :] = torch.tensor(row.request.prompt_ids)
+            mask[index, widest - length :] = 1
+        mask = mask.to(device)
+        embeds = base.get_input_embeddings()(ids.to(device))
+        for index, (adapter, length) in enumerate(zip(adapters, lengths, strict=True)):
+            if adapter.embeddings is not None:
+                start = widest - length
+                embeds[index, start : start + virtual[index]] = adapter.embeddings
+        cache = DynamicCache(config=base.config)
+        before = max(len(a.prefix[0][0][0]) if a.prefix else 0 for a in adapters)
+        if before:
+            mask = torch.cat([self._prefix(cache, adapters, before), mask], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        self.mix.select([row.adapter for row in rows])
+        out = base(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions[:, before:],
+            past_key_values=cache, use_cache=True, **self._more,
+        )  # fmt: skip
+        states = [(layer.keys, layer.values) for layer in cache.layers]
+        if before:  # what stands before the text stands before the padding too: move that to the left
+            order = mask.argsort(dim=-1, stable=True)
+            mask = mask.gather(1, order)
+            index_of = order[:, None, :, None]
+            states = [tuple(s.take_along_dim(index_of, dim=2) for s in pair) for pair in states]
+        self._slots.join(states, mask)
+        self._live += rows
+        for row, length in zip(rows, mask.sum(-1).tolist(), strict=True):
+            row.position = length
+        self._say(rows, out.logits[:, -1])
+
+    def _prefix(self, cache: DynamicCache, adapters: Sequence[Adapter], before: int) -> torch.Tensor:
+        """Put prefixes into an empty cache, the shorter ones to the right; gives their mask."""
+        shown = torch.zeros(len(adapters), before, dtype=torch.long, device=self.base.device)
+        for number, layer in enumerate(cache.layers):
+            pair = []
+            for which in (0, 1):
+                some = adapters[0].prefix[number][which]
+                states = some.new_zeros(len(adapters), some.shape[0], before, some.shape[2])
+                for index, adapter in enumerate(adapters):
+                    own = adapter.prefix[number][which]
+                    states[index, :, before - own.shape[1] :] = own
+                    shown[index, before - own.shape[1] :] = 1
+                pair.append(states)
+            layer.update(*pair)
+        return shown
+
+    def _step(self, live: list[_Asked]) -> None:
+        device = self.base.device
+        self.mix.select([row.adapter for row in live])
+        inputs = self._slots.inputs()
+        out = self.base(
+            input_ids=torch.tensor([[row.token] for row in live], device=device),
+            position_ids=torch.tensor([[row.position] for row in live], device=device),
+            use_cache=True, **inputs, **self._more,
+        )  # fmt: skip
+        self._slots.end += 1
+        for row in live:
+            row.position += 1
+        self._say(live, out.logits[:, -1])
+
+    def _say(self, rows: Sequence[_Asked], logits: torch.Tensor) -> None:
+        """Give each row its next token."""
+        likeliest = logits.argmax(-1).tolist()
+        for index, row in enumerate(rows):
+            if row.done:
+                continue
+            sampled = row.request.temperature > 0
+            row.token = draw(row, logits[index]) if sampled else likeliest[index]
+            row.take(row.token, self._eos)
+
+    def _sweep_out(self) -> None:
+        """Free the slots of those who are done."""
+        for slot in range(len(self._live) - 1, -1, -1):
+            if self._live[slot].done:
+                self._slots.leave(slot)
+                last = self._live.pop()
+                if slot < len(self._live):
+                    self._live[slot] = last
+
+
+class SlotEngine(Engine):
+    """One version: an adapter on a base that it shares.
+
+    Args:
+        shared: The base.
+        adapter: What to put on it; nothing for the base alone.
+        release: Called when the version is unloaded.
+    """
+
+    def __init__(
+        self, shared: SlotsBase, adapter: Adapter, release: Callable[[], None] = lambda: None
+    ) -> None:
+        self._shared, self._release = shared, release
+        self._number = shared.add(adapter)
+        self._closed = False
+        positions = int(getattr(shared.base.config.get_text_config(), "max_position_embeddings", 4096))
+        self.context_length = positions - adapter.virtual_tokens
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a chat, up to where the assistant's turn begins."""
+        with self._shared.encoding:
+            return prompt_ids(self._shared.tokenizer, messages)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a plain prompt."""
+        with self._shared.encoding:
+            ids: list[int] = self._shared.tokenizer(text)["input_ids"]
+            return ids
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        """Take on a request; see `Engine.submit`."""
+        if self._closed:
+            raise EngineClosedError("this model version is being unloaded")
+        return self._shared.submit(request, self._number)
+
+    def close(self) -> None:
+        """Fail what is waiting and what runs of this version; the base stays for others."""
+        if not self._closed:
+            self._closed = True
+            self._shared.remove(self._number)
+            self._release()
