@@ -64,7 +64,7 @@ def here(
     def load(version: Any, folder: Path) -> Any:
         limits = EngineLimits(max_batch=4, max_queued=2)
         engine = load_engine(version, folder, dtype="float32", device="cpu", limits=limits)
-        engine._base.register_forward_pre_hook(held)  # type: ignore[attr-defined]
+        engine._shared.base.register_forward_pre_hook(held)  # type: ignore[attr-defined]
         return engine
 
     store = CaptureStore(tmp_path_factory.mktemp("captures"))
