@@ -29,6 +29,7 @@ sweep:
 serve: {{port: 0}}
 tracking: {{port: 0}}
 cluster: {{dashboard_port: 0, num_cpus: 1}}
+evaluate: {{final_share: 0}}
 """
 
 
