@@ -134,13 +134,20 @@ def test_a_trial_that_cannot_fit_is_infeasible_with_its_reason_and_the_sweep_goe
     assert "needs at least" in by_rank[1024].reason
     assert by_rank[2].status == by_rank[None].status == "completed"
     board = rank(
-        results, sweep_id=plan.sweep_id, objective="rougeL", constraints=(), level=0.95, resamples=200
+        results,
+        sweep_id=plan.sweep_id,
+        objective="rougeL",
+        constraints=(),
+        tie_break=None,
+        level=0.95,
+        resamples=200,
     )
     row = next(r for r in board.rows if r.method.get("rank") == 1024)
     assert row.rank is None
     assert "needs at least" in row.reason
 
 
+@pytest.mark.slow
 def test_a_search_learns_repeats_its_best_and_begins_the_next_with_what_it_knows(
     two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path
 ):
@@ -180,6 +187,7 @@ def test_a_search_learns_repeats_its_best_and_begins_the_next_with_what_it_knows
     assert len({r.key for r in more if not r.repeat_of}) == 6
 
 
+@pytest.mark.slow
 def test_a_trial_that_the_budget_cut_short_is_killed_and_goes_on_when_started_again(
     two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
