@@ -49,12 +49,13 @@ def main() -> None:
     words.add_argument("--tokens", type=int, default=64, help="of each answer")
     settings = words.parse_args()
 
+    sys.path.remove(str(Path(__file__).parent))  # this file bears the name of the package that it measures
     import torch
 
     from regraft.data.chats import read_chats
     from regraft.methods import parse_method
     from regraft.models import load_tokenizer, pick_device, prompt_ids, resolve
-    from serving.engines.adapters import read_adapter
+    from serving.engines.adapters import Adapter, read_adapter
     from serving.engines.base import EngineLimits
     from serving.engines.slots import SlotEngine, SlotsBase
 
@@ -69,8 +70,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = [make(settings_, found.path, Path(folder) / str(n)) for n, settings_ in enumerate(ADAPTERS)]
         slots = SlotsBase(base, tokenizer, limits)
-        from serving.engines.adapters import Adapter
-
         alone = SlotEngine(slots, Adapter())
         mixed = [alone, *(SlotEngine(slots, read_adapter(file, base)) for file in files)]
     plain = parse_method({"name": "zero_shot"}).load_base(found.path, "bfloat16", device)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from regraft.methods.quantised import weight_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -120,7 +122,7 @@ def _lora(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: Any) -
         low_rank[layer] = (own["a"].to(base.dtype), (own["b"] * scale).to(base.dtype))
         if config.get("use_dora"):
             module = _linear(base, layer)
-            norm = torch.linalg.norm(_weight(module).float() + scale * own["b"] @ own["a"], dim=1)
+            norm = torch.linalg.norm(weight_of(module).float() + scale * own["b"] @ own["a"], dim=1)
             magnitude = own["m"].flatten() / norm
             out_scale[layer] = magnitude.to(base.dtype)
             if module.bias is not None:  # which is not scaled
@@ -188,13 +190,3 @@ def _linear(base: Any, name: str) -> Any:
     except AttributeError:
         return None
     return getattr(module, "inner", module)
-
-
-def _weight(module: Any) -> torch.Tensor:
-    """A layer's weights in full, of shape (outputs, inputs)."""
-    state = getattr(module.weight, "quant_state", None)
-    if state is None:
-        return module.weight.data  # type: ignore[no-any-return]
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(module.weight.data, state)  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -28,7 +28,7 @@ class _Layer:
         out_shift: (places, outputs), or None.
     """
 
-    __slots__ = ("down", "in_scale", "out_scale", "out_shift", "owners", "up")
+    __slots__ = ("_at", "_of_rows", "down", "in_scale", "out_scale", "out_shift", "owners", "up")
 
     def __init__(self, name: str, adapters: Sequence[Adapter]) -> None:
         pairs = [(place, a.low_rank[name]) for place, a in enumerate(adapters) if name in a.low_rank]
@@ -42,6 +42,24 @@ class _Layer:
         self.in_scale = _stacked([a.in_scale.get(name) for a in adapters], 1.0)
         self.out_scale = _stacked([a.out_scale.get(name) for a in adapters], 1.0)
         self.out_shift = _stacked([a.out_shift.get(name) for a in adapters], 0.0)
+        self._at, self._of_rows = -1, _OfRows(None, None, None, None)
+
+    def of_rows(self, mix: Mix) -> _OfRows:
+        """What each row of the batch has; looked up anew only where the rows are others than before."""
+        if self._at != mix.changes:
+            found = (self.owners, self.in_scale, self.out_scale, self.out_shift)
+            self._of_rows = _OfRows(*(None if t is None else t[mix.rows][:, None] for t in found))
+            self._at = mix.changes
+        return self._of_rows
+
+
+class _OfRows(NamedTuple):
+    """A layer's tables by row, of shape (rows, 1, width)."""
+
+    owners: torch.Tensor | None
+    in_scale: torch.Tensor | None
+    out_scale: torch.Tensor | None
+    out_shift: torch.Tensor | None
 
 
 def _stacked(found: Sequence[torch.Tensor | None], otherwise: float) -> torch.Tensor | None:
@@ -76,18 +94,15 @@ class MixedLinear(nn.Module):
         own = tables.get(self.name) if tables else None
         if own is None:
             return self.inner(x)  # type: ignore[no-any-return]
-        rows = self._mix.rows
-        scaled = x if own.in_scale is None else x * own.in_scale[rows][:, None]
-        y = self.inner(scaled)
+        here = own.of_rows(self._mix)
+        y = self.inner(x if here.in_scale is None else x * here.in_scale)
         if own.down is not None and own.up is not None:
             h = F.linear(x, own.down)
-            if own.owners is not None:
-                h = h * own.owners[rows][:, None]
-            y = y + F.linear(h, own.up)
-        if own.out_scale is not None:
-            y = y * own.out_scale[rows][:, None]
-        if own.out_shift is not None:
-            y = y + own.out_shift[rows][:, None]
+            y = y + F.linear(h if here.owners is None else h * here.owners, own.up)
+        if here.out_scale is not None:
+            y = y * here.out_scale
+        if here.out_shift is not None:
+            y = y + here.out_shift
         return y  # type: ignore[no-any-return]
 
 
@@ -107,6 +122,9 @@ class Mix:
         #: Of the present batch.
         self.tables: dict[str, _Layer] | None = None
         self.rows = torch.zeros(0, dtype=torch.long)
+        #: How often the rows were others than before.
+        self.changes = 0
+        self._numbers: tuple[int, ...] = ()
 
     def add(self, adapter: Adapter) -> int:
         """Take an adapter in; gives its number."""
@@ -131,6 +149,9 @@ class Mix:
 
     def select(self, numbers: Sequence[int]) -> None:
         """Say what the rows of the next forward pass are, by the numbers of their adapters."""
+        if tuple(numbers) == self._numbers:
+            return
+        self._numbers, self.changes = tuple(numbers), self.changes + 1
         active = tuple(sorted({n for n in numbers if self._changes_layers(n)}))
         if not active:
             self.tables = None

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from regraft.methods.base import DTypeName, Method, load_causal_lm
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 #: Four bits a weight, and a constant for every 64; `nf4_double` holds the constants in eight bits too.
@@ -62,6 +63,16 @@ class OnAnyBase(Method):
         model = load_causal_lm(path, dtype, device, quantization_config=config, device_map={"": device})
         keep_gradients_right(model)
         return model
+
+
+def weight_of(module: Any) -> torch.Tensor:
+    """A linear layer's weights in full, whether or not they are held in four bits; (outputs, inputs)."""
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        return module.weight.data  # type: ignore[no-any-return]
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(module.weight.data, state)  # type: ignore[no-any-return]
 
 
 def keep_gradients_right(model: nn.Module) -> None:
