@@ -338,10 +338,11 @@ class SlotsBase:
             mask = torch.cat([self._prefix(cache, adapters, before), mask], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         self.mix.select([row.adapter for row in rows])
-        out = base(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions[:, before:],
-            past_key_values=cache, use_cache=True, **self._more,
-        )  # fmt: skip
+        with self.mix.looking():
+            out = base(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions[:, before:],
+                past_key_values=cache, use_cache=True, **self._more,
+            )  # fmt: skip
         states = [(layer.keys, layer.values) for layer in cache.layers]
         if before:  # what stands before the text stands before the padding too: move that to the left
             order = mask.argsort(dim=-1, stable=True)

@@ -72,8 +72,6 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     # How long a token takes is no matter of this test.
     experiment["select"]["gate"] = {"at_most_times": {}}
     experiment["retrain"]["epochs"] = 1.0
-    evaluation = cwd / "case/data/evaluation.jsonl"
-    evaluation.write_text("".join(evaluation.read_text().splitlines(keepends=True)[::2]))
     experiment |= {"tracking": {"port": tracking}, "cluster": {"dashboard_port": dashboard}}
     experiment["serve"] |= {"port": endpoint}
     file.write_text(yaml.safe_dump(experiment))

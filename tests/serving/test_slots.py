@@ -128,6 +128,8 @@ def test_all_kinds_answer_in_one_batch_that_changes_all_the_time(
 
     with shared(base_folder, max_batch=7, max_queued=200) as base:
         asyncio.run(crowd({k: engine(base, k, adapters) for k in KINDS if k != "qlora"}))
+        # Queries, keys and values read the same, and so do gate and up: their adapters' first products are one.
+        assert sorted(len(names) for names in base.mix._siblings) == [2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("kind", sorted(ALONE))
