@@ -29,6 +29,8 @@ class UnmixableError(Exception):
 class Adapter(NamedTuple):
     """An adapter's tensors, on the base's device, by the names of the base's layers.
 
+    Those of layers are in fp32, as PEFT has them in evaluation; soft prompts are in the base's type.
+
     Attributes:
         low_rank: A of shape (rank, inputs), and B of shape (outputs, rank) with its scale in it.
         in_scale: Of shape (inputs).
@@ -119,14 +121,14 @@ def _lora(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: Any) -
     scale = config["lora_alpha"] / root
     low_rank, out_scale, out_shift = {}, {}, {}
     for layer, own in found.items():
-        low_rank[layer] = (own["a"].to(base.dtype), (own["b"] * scale).to(base.dtype))
+        low_rank[layer] = (own["a"], own["b"] * scale)
         if config.get("use_dora"):
             module = _linear(base, layer)
             norm = torch.linalg.norm(weight_of(module).float() + scale * own["b"] @ own["a"], dim=1)
             magnitude = own["m"].flatten() / norm
-            out_scale[layer] = magnitude.to(base.dtype)
+            out_scale[layer] = magnitude
             if module.bias is not None:  # which is not scaled
-                out_shift[layer] = ((1 - magnitude) * module.bias.float()).to(base.dtype)
+                out_shift[layer] = (1 - magnitude) * module.bias.float()
     return Adapter(low_rank=low_rank, out_scale=out_scale, out_shift=out_shift)
 
 
@@ -146,7 +148,7 @@ def _vera(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: Any) -
     for (layer, own), module in zip(found.items(), shapes, strict=True):
         down = a[:, : module.in_features].to(base.device) * own["d"][:, None]
         up = b[: module.out_features].to(base.device) * own["b"][:, None]
-        low_rank[layer] = (down.to(base.dtype), up.to(base.dtype))
+        low_rank[layer] = (down, up)
     return Adapter(low_rank=low_rank)
 
 
@@ -160,7 +162,7 @@ def _loha(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: Any) -
     for layer, own in _by_layer(tensors, base, parts).items():
         up = torch.einsum("or,os->ors", own["1a"], own["2a"]).flatten(1) * scale
         down = torch.einsum("ri,si->rsi", own["1b"], own["2b"]).flatten(0, 1)
-        low_rank[layer] = (down.to(base.dtype), up.to(base.dtype))
+        low_rank[layer] = (down, up)
     return Adapter(low_rank=low_rank)
 
 
@@ -171,7 +173,7 @@ def _ia3(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: Any) ->
     of_outputs: dict[str, torch.Tensor] = {}
     for layer, own in _by_layer(tensors, base, {"ia3_l": "l"}).items():
         is_inner = any(layer == name or layer.endswith(f".{name}") for name in inner)
-        (of_inputs if is_inner else of_outputs)[layer] = own["l"].flatten().to(base.dtype)
+        (of_inputs if is_inner else of_outputs)[layer] = own["l"].flatten()
     return Adapter(in_scale=of_inputs, out_scale=of_outputs)
 
 

@@ -76,7 +76,7 @@ class _Together:
     def part(self, x: torch.Tensor, place: int, mix: Mix) -> torch.Tensor:
         """A layer's share of the product, of shape (rows, tokens, ranks); 0 for ranks of others."""
         if x is not self._x:
-            h = F.linear(x, self._down)
+            h = F.linear(x.float(), self._down)
             owners = [layer.of_rows(mix).owners for layer in self._layers]
             if owners[0] is not None:
                 h = h * torch.cat([o for o in owners if o is not None], dim=-1)
@@ -129,21 +129,21 @@ class MixedLinear(nn.Module):
         if own is None:
             return self.inner(x)  # type: ignore[no-any-return]
         here = own.of_rows(self._mix)
-        y = self.inner(x if here.in_scale is None else x * here.in_scale)
+        y = self.inner(x if here.in_scale is None else (x * here.in_scale).to(x.dtype))
         if own.down is not None and own.up is not None:
             self._mix.reads(self.name, x)
             if own.together is not None:
                 together, place = own.together
                 h = together.part(x, place, self._mix)
             else:
-                h = F.linear(x, own.down)
+                h = F.linear(x.float(), own.down)
                 h = h if here.owners is None else h * here.owners
             y = y + F.linear(h, own.up)
         if here.out_scale is not None:
             y = y * here.out_scale
         if here.out_shift is not None:
             y = y + here.out_shift
-        return y  # type: ignore[no-any-return]
+        return y.to(x.dtype)  # type: ignore[no-any-return]
 
 
 class Mix:
