@@ -71,7 +71,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     experiment["evaluate"] |= {"max_new_tokens": 24, "latency_prompts": 1, "final_share": 0.7}
     # How long a token takes is no matter of this test.
     experiment["select"]["gate"]["at_most_times"] = {}
-    experiment["retrain"]["epochs"] = 1.0
+    experiment["retrain"]["epochs"] = 1.4
     experiment |= {"tracking": {"port": tracking}, "cluster": {"dashboard_port": dashboard}}
     experiment["serve"] |= {"port": endpoint}
     file.write_text(yaml.safe_dump(experiment))
