@@ -104,7 +104,8 @@ def test_a_cancelled_job_ends_as_stopped(services):
     assert follow(jobs, "endless", lambda _: None) == "STOPPED"
 
 
-@pytest.mark.parametrize("beside", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("beside", [False, True])
 def test_a_cancelled_sweep_closes_its_runs_and_leaves_everything_to_one_that_waits(
     services, variant: Callable[..., Path], tmp_path: Path, beside: bool
 ):
