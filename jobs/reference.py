@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from regraft.config import Constraint, Experiment, SweepSection
+from regraft.config import Constraint, Experiment, GateSection, SweepSection
 from regraft.evals import METRIC_CLASSES, AnyMetric, Metric
 from regraft.methods import METHOD_CLASSES
 
@@ -107,6 +107,8 @@ def markdown() -> str:
             title = f"sweep.{name}" + (f": {{name: {variant}}}" if variant else "")
             doc = " ".join((nested.__doc__ or "").split())
             parts.append(f"### `{title}`\n\n{doc}\n\n{_table(nested, skip=('name',))}")
+    gate = " ".join((GateSection.__doc__ or "").split())
+    parts.append(f"### `select.gate`\n\n{gate}\n\n{_table(GateSection)}")
     parts.append(_METHODS)
     parts.append(_support())
     parts += [_variant(method) for method in METHOD_CLASSES]
