@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from regraft.errors import ModelError
 from regraft.methods import Method, parse_method
 from regraft.methods.base import DTypeName
 from regraft.models import ResolvedModel
@@ -76,16 +75,10 @@ def load_engine(
     Raises:
         ModelError: If the base model is not the one the version was trained on.
     """
-    from regraft.models import load_tokenizer, pick_device, resolve
+    from regraft.models import load_tokenizer, pick_device, resolve_trained_on
     from serving.engines.static import StaticEngine
 
-    base = resolve(version.base_model, version.base_revision)
-    if base.revision != version.base_revision:
-        raise ModelError(
-            f"{version.served_id} was trained on {version.base_model} at {version.base_revision}, "
-            f"but here it is at {base.revision}",
-            "put that revision of the base model back, or retrain",
-        )
+    base = resolve_trained_on(version.base_model, version.base_revision, version.served_id)
     method, where = parse_method(version.method), pick_device(device)
     found = _in_slots(method, base, folder, dtype, where, limits)
     if isinstance(found, Engine):
@@ -100,7 +93,7 @@ def _in_slots(
     method: Method, base: ResolvedModel, folder: Path, dtype: DTypeName, device: str, limits: EngineLimits
 ) -> Engine | str:
     """The version in slots, or why not."""
-    from regraft.evals.decode import understands
+    from regraft.evals.slots import understands
     from serving.engines.adapters import Adapter, UnmixableError, read_adapter
     from serving.engines.slots import SlotEngine
 

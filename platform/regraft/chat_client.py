@@ -7,6 +7,7 @@ an error, not in a log, even where the endpoint says it back.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import threading
@@ -80,6 +81,11 @@ def endpoint_url(value: str) -> str:
     if parts.path.rstrip("/").endswith("/completions"):
         raise ValueError("ends in /completions: leave out /chat/completions, which is put behind it")
     return value.rstrip("/")
+
+
+def read_key(variable: str | None) -> str:
+    """The key in an environment variable; empty if there is no variable, or nothing in it."""
+    return os.environ.get(variable, "").strip() if variable else ""
 
 
 class ChatClient:

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from regraft.encoders import load_encoder
 from regraft.errors import ModelError
 from regraft.packages import keep
 
@@ -65,32 +66,20 @@ class Embedder:
     """
 
     def __init__(self, folder: Path) -> None:
-        import torch
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         _require_mean_pooling(folder)
-        self._tokenizing = (
-            threading.Lock()
-        )  # a Rust tokenizer that is in use cannot be set up for another call
-        with torch.random.fork_rng(devices=[]):  # training around this draws the same numbers as without
-            try:
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-                model, loaded = AutoModel.from_pretrained(
-                    folder,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                )
-            except (OSError, ValueError) as error:
-                raise ModelError(
-                    f"embedding model {folder} cannot be loaded: {error}",
-                    f"give a folder that sentence-transformers or save_pretrained wrote, or {DEFAULT!r}",
-                ) from error
-        # The pooler is not used; of anything else that is missing transformers would make random weights.
-        if missing := sorted(k for k in loaded["missing_keys"] if not k.startswith("pooler.")):
+        try:
+            loaded = load_encoder(AutoModel, folder)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"embedding model {folder} cannot be loaded: {error}",
+                f"give a folder that sentence-transformers or save_pretrained wrote, or {DEFAULT!r}",
+            ) from error
+        # The pooler is not used.
+        if missing := [k for k in loaded.missing if not k.startswith("pooler.")]:
             raise ModelError(f"embedding model {folder} has no weights {missing[:3]}", "save the whole model")
-        self._model: Any = model.eval()
+        self._tokenizer, self._model, _, self._tokenizing = loaded
         self.dimensions = int(self._model.config.hidden_size)
         self.max_tokens = _max_tokens(folder, self._tokenizer, self._model.config)
 

@@ -81,6 +81,26 @@ def resolve(
     return _from_hub(source, revision, say)
 
 
+def resolve_trained_on(source: str, revision: str, who: str) -> ResolvedModel:
+    """Find the base model that something was trained on.
+
+    Args:
+        source: As for `resolve`.
+        revision: What `resolve` gave then.
+        who: What was trained, for the message.
+
+    Raises:
+        ModelError: If it cannot be found, or is another here.
+    """
+    base = resolve(source, revision)
+    if base.revision != revision:
+        raise ModelError(
+            f"{who} was trained on {source} at {revision}, but here it is at {base.revision}",
+            "put that revision of the base model back, or retrain",
+        )
+    return base
+
+
 def _local(folder: Path) -> ResolvedModel:
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise ModelError(

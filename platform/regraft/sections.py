@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from pydantic import (
 from regraft.evals import AnyMetric, Metric, default_metrics
 from regraft.methods import METHODS_BY_NAME, Method
 from regraft.methods.base import DTypeName
-from regraft.records import content_hash
+from regraft.records import Example, content_hash
 from regraft.search import AnySearch, AnyStopping, Arm, Asha, Grid, arms
 
 
@@ -279,6 +280,10 @@ class EvaluateSection(Section):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two metrics give {', '.join(twice)}: name each metric once")
         return value
+
+    def timed(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Those of the examples that are answered one by one, to measure latency."""
+        return examples[:: max(1, len(examples) // self.latency_prompts)][: self.latency_prompts]
 
     @property
     def asked(self) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ class _Layer:
         out_shift: (places, outputs), or None.
     """
 
-    __slots__ = ("_at", "_of_rows", "down", "in_scale", "out_scale", "out_shift", "owners", "together", "up")
+    __slots__ = ("_at", "_of_rows", "down", "in_scale", "out_scale", "out_shift", "owners", "up")
 
     def __init__(self, name: str, adapters: Sequence[Adapter]) -> None:
         pairs = [(place, a.low_rank[name]) for place, a in enumerate(adapters) if name in a.low_rank]
@@ -44,8 +43,6 @@ class _Layer:
         self.out_scale = _stacked([a.out_scale.get(name) for a in adapters], 1.0)
         self.out_shift = _stacked([a.out_shift.get(name) for a in adapters], 0.0)
         self._at, self._of_rows = -1, _OfRows(None, None, None, None)
-        #: Layers that read the same input, this one among them, and its place among them.
-        self.together: tuple[_Together, int] | None = None
 
     def of_rows(self, mix: Mix) -> _OfRows:
         """What each row of the batch has; looked up anew only where the rows are others than before."""
@@ -54,37 +51,6 @@ class _Layer:
             self._of_rows = _OfRows(*(None if t is None else t[mix.rows][:, None] for t in found))
             self._at = mix.changes
         return self._of_rows
-
-
-class _Together:
-    """The products with A of layers that read the same input: one product for all of them.
-
-    Args:
-        layers: Those layers.
-    """
-
-    def __init__(self, layers: Sequence[_Layer]) -> None:
-        downs = [layer.down for layer in layers if layer.down is not None]
-        self._down = torch.cat(downs).contiguous()
-        self._ranks = [len(down) for down in downs]
-        self._layers = layers
-        self._x: torch.Tensor | None = None
-        self._parts: list[torch.Tensor] = []
-        for place, layer in enumerate(layers):
-            layer.together = (self, place)
-
-    def part(self, x: torch.Tensor, place: int, mix: Mix) -> torch.Tensor:
-        """A layer's share of the product, of shape (rows, tokens, ranks); 0 for ranks of others."""
-        if x is not self._x:
-            h = F.linear(x.float(), self._down)
-            owners = [layer.of_rows(mix).owners for layer in self._layers]
-            if owners[0] is not None:
-                h = h * torch.cat([o for o in owners if o is not None], dim=-1)
-            self._x, self._parts = x, [part.contiguous() for part in torch.split(h, self._ranks, dim=-1)]
-        found = self._parts[place]
-        if place == len(self._ranks) - 1:  # the last to ask
-            self._x, self._parts = None, []
-        return found
 
 
 class _OfRows(NamedTuple):
@@ -131,13 +97,8 @@ class MixedLinear(nn.Module):
         here = own.of_rows(self._mix)
         y = self.inner(x if here.in_scale is None else (x * here.in_scale).to(x.dtype))
         if own.down is not None and own.up is not None:
-            self._mix.reads(self.name, x)
-            if own.together is not None:
-                together, place = own.together
-                h = together.part(x, place, self._mix)
-            else:
-                h = F.linear(x.float(), own.down)
-                h = h if here.owners is None else h * here.owners
+            h = F.linear(x.float(), own.down)
+            h = h if here.owners is None else h * here.owners
             y = y + F.linear(h, own.up)
         if here.out_scale is not None:
             y = y * here.out_scale
@@ -165,10 +126,6 @@ class Mix:
         #: How often the rows were others than before.
         self.changes = 0
         self._numbers: tuple[int, ...] = ()
-        self._reading: list[tuple[str, torch.Tensor]] = []
-        self._looks, self._looked_at = False, 0
-        #: Layers that were seen to read the same input, in the order in which they do.
-        self._siblings: list[tuple[str, ...]] = []
 
     def add(self, adapter: Adapter) -> int:
         """Take an adapter in; gives its number."""
@@ -208,35 +165,11 @@ class Mix:
                 self._stacked.pop(next(iter(self._stacked)))
             adapters = [self._adapters[n] for n in key]
             names = {name for a in adapters for name in (*a.low_rank, *a.in_scale, *a.out_scale)}
-            self._stacked[key] = tables = {name: _Layer(name, adapters) for name in names}
-            for siblings in self._siblings:
-                some = [tables[n] for n in siblings if n in tables and tables[n].down is not None]
-                if len(some) > 1:
-                    _Together(some)
+            self._stacked[key] = {name: _Layer(name, adapters) for name in names}
         self.tables = self._stacked[key]
         places = {n: place for place, n in enumerate(key)}
         where = [0 if alone else places.get(n, 0) for n in numbers]
         self.rows = torch.tensor(where, device=self._base.device)
-
-    def reads(self, name: str, x: torch.Tensor) -> None:
-        """Note which layer reads what, while that is looked at."""
-        if self._looks:
-            self._reading.append((name, x))
-
-    @contextmanager
-    def looking(self) -> Iterator[None]:
-        """See in a forward pass which layers read the same input, if any was wrapped since the last time."""
-        self._looks = len(self._wrapped) > self._looked_at and self.tables is not None
-        try:
-            yield
-        finally:
-            if self._looks:
-                self._looks, self._looked_at = False, len(self._wrapped)
-                by_input: dict[int, list[str]] = {}
-                for name, x in self._reading:  # which is held, so that no other has its id
-                    by_input.setdefault(id(x), []).append(name)
-                self._siblings = [tuple(names) for names in by_input.values() if len(names) > 1]
-                self._reading, self._stacked, self._numbers = [], {}, ()
 
     def _changes_layers(self, number: int) -> bool:
         adapter = self._adapters[number]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from regraft.models import prompt_ids
+from regraft.records import Message
 from serving.engines.base import (
+    Engine,
     EngineError,
     Event,
     Finished,
@@ -101,6 +105,29 @@ class Row(Stream):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
         except RuntimeError:  # the loop has closed: nobody is left to read
             self.done = True
+
+
+class OwnEngine(Engine):
+    """What an engine of this project knows of chats.
+
+    Args:
+        tokenizer: The model's.
+        encoding: Held around its use; of engines that share a tokenizer the same one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoding: threading.Lock) -> None:
+        self._tokenizer, self._encoding = tokenizer, encoding
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a chat, up to where the assistant's turn begins."""
+        with self._encoding:
+            return prompt_ids(self._tokenizer, messages)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a plain prompt."""
+        with self._encoding:
+            ids: list[int] = self._tokenizer(text)["input_ids"]
+            return ids
 
 
 def draw(row: Row, logits: torch.Tensor) -> int:

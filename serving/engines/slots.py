@@ -1,14 +1,11 @@
 """Continuous batching: requests of many adapters on one base, joining and leaving between steps.
 
-A base is held once in a process (`SlotsBase`); each served version is a view of it (`SlotEngine`). Keys and
-values lie in slots, one a request, of which those in use come first, so that a step works on views. All slots
-end in the same column: a request that joins is put so that it ends there, and what stands before its
-beginning is masked. One that finishes gives its slot to the last.
+A base is held once in a process (`SlotsBase`); each served version is a view of it (`SlotEngine`). The keys
+and values of requests lie in slots (`regraft.evals.slots`).
 """
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,14 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from regraft.evals.generation import end_ids, make_contiguous
-from regraft.models import prompt_ids
-from regraft.records import Message
+from regraft.evals.slots import Slots
 from serving.engines.adapters import Adapter
 from serving.engines.base import (
-    Engine,
     EngineClosedError,
     EngineError,
     EngineLimits,
@@ -33,136 +27,21 @@ from serving.engines.base import (
     Stream,
 )
 from serving.engines.mixed import Mix
-from serving.engines.rows import Row, draw
+from serving.engines.rows import OwnEngine, Row, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Columns that the slots grow by.
-_ROOM = 128
 #: Prompt tokens, padding included, that pass through between two steps: those who wait for their next token
 #: wait for these.
 _PREFILL_TOKENS = 2048
 T = TypeVar("T")
 
 
-class _Slotted(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of a layer: the slots in use, from the first column in use."""
-
-    def __init__(self, slots: Slots) -> None:
-        super().__init__()
-        self.slots, self.is_initialized = slots, True
-        self.buffers: list[torch.Tensor] = []
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new column; gives all that the rows may look at."""
-        s = self.slots
-        n, new = s.used, s.end + 1
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:n, :, s.end : new] = states
-        keys, values = (buffer[:n, :, s.first : new] for buffer in self.buffers)
-        return keys, values
-
-    def get_seq_length(self) -> int:
-        """Columns in use."""
-        return self.slots.end - self.slots.first
-
-
-class Slots:
-    """Keys and values of the requests that are being answered.
-
-    Args:
-        base: The transformers model.
-        count: Slots.
-    """
-
-    def __init__(self, base: Any, count: int) -> None:
-        self._base, self._count = base, count
-        self.used = self.first = self.end = self._capacity = 0
-        self.begins: list[int] = []
-        self.cache = DynamicCache(config=base.config)
-        self._layers = [_Slotted(self) for _ in self.cache.layers]
-        self.cache.layers = self._layers
-        self.mask = torch.zeros(count, 0, dtype=torch.long, device=base.device)
-
-    def join(self, states: Sequence[tuple[torch.Tensor, torch.Tensor]], mask: torch.Tensor) -> None:
-        """Put new requests behind those there are.
-
-        Args:
-            states: Keys and values of each layer, (rows, heads, columns, width), padded on the left.
-            mask: (rows, columns).
-        """
-        if not self._layers[0].buffers:
-            for layer, pair in zip(self._layers, states, strict=True):
-                layer.buffers = [s.new_zeros(self._count, s.shape[1], 0, s.shape[3]) for s in pair]
-        rows, columns = mask.shape
-        if not self.used and columns < self._capacity:
-            self.first = self.end = columns
-        elif self.end < columns or not self.used:
-            self._move(columns - (self.end - self.first) if self.used else columns)
-        here = slice(self.used, self.used + rows)
-        begin = self.end - columns
-        for layer, pair in zip(self._layers, states, strict=True):
-            for buffer, new in zip(layer.buffers, pair, strict=True):
-                buffer[here, :, begin : self.end] = new
-        self.mask[here, :begin] = 0
-        self.mask[here, begin : self.end] = mask
-        self.mask[here, self.end :] = 1
-        self.begins += (self.end - mask.sum(-1)).tolist()
-        self.used += rows
-        self.first = min(self.begins)
-
-    def leave(self, slot: int) -> None:
-        """Free a slot; the last request takes its place."""
-        last = self.used - 1
-        if slot != last:
-            span = slice(self.begins[last], self.end)
-            for layer in self._layers:
-                for buffer in layer.buffers:
-                    buffer[slot, :, span] = buffer[last, :, span]
-            self.mask[slot] = self.mask[last]
-            self.begins[slot] = self.begins[last]
-        self.begins.pop()
-        self.used = last
-        self.first = min(self.begins, default=self.end)
-
-    def inputs(self) -> dict[str, Any]:
-        """What a step is called with beside tokens and positions; makes room for its column."""
-        if self.end == self._capacity:
-            self._move(0)
-        return {
-            "attention_mask": self.mask[: self.used, self.first : self.end + 1],
-            "past_key_values": self.cache,
-        }
-
-    def _move(self, before: int) -> None:
-        """Move what is in use to the left, behind so many free columns, into larger buffers if need be."""
-        kept = self.end - self.first if self.used else 0
-        old = slice(self.first, self.first + kept)
-        first, end = before, before + kept
-        grown = max(self._capacity, -(-(end + 1) // _ROOM) * _ROOM)
-        if grown < end + _ROOM // 2:  # not again at once
-            grown += _ROOM
-        for layer in self._layers:
-            for index, buffer in enumerate(layer.buffers):
-                # Zeros: what is masked is multiplied by nothing, and nothing times NaN is NaN.
-                new = buffer.new_zeros(*buffer.shape[:2], grown, buffer.shape[3])
-                new[: self.used, :, first:end] = buffer[: self.used, :, old]
-                layer.buffers[index] = new
-        mask = self.mask.new_ones(self._count, grown)
-        mask[:, :first] = 0
-        mask[: self.used, first:end] = self.mask[: self.used, old]
-        self.begins = [begin - self.first + first for begin in self.begins]
-        self.mask, self._capacity, self.first, self.end = mask, grown, first if self.used else end, end
-
-
 class _Asked(Row):
-    """A request with its adapter's number and the position of its next token."""
+    """A request with its adapter's number and its last token."""
 
     adapter = 0
-    position = 0
     token = 0
 
 
@@ -189,8 +68,6 @@ class SlotsBase:
         #: Adapters that are let go: no request may ask for one any more.
         self._removed: set[int] = set()
         self._eos = end_ids(base, tokenizer)
-        known = inspect.signature(base.forward).parameters
-        self._more = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         base.get_output_embeddings().register_forward_pre_hook(make_contiguous)
         self._worker = threading.Thread(target=self._work, name="regraft-slots", daemon=True)
         self._worker.start()
@@ -336,24 +213,11 @@ class SlotsBase:
         before = max(len(a.prefix[0][0][0]) if a.prefix else 0 for a in adapters)
         if before:
             mask = torch.cat([self._prefix(cache, adapters, before), mask], dim=1)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "past_key_values": cache}
         self.mix.select([row.adapter for row in rows])
-        with self.mix.looking():
-            out = base(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions[:, before:],
-                past_key_values=cache, use_cache=True, **self._more,
-            )  # fmt: skip
-        states = [(layer.keys, layer.values) for layer in cache.layers]
-        if before:  # what stands before the text stands before the padding too: move that to the left
-            order = mask.argsort(dim=-1, stable=True)
-            mask = mask.gather(1, order)
-            index_of = order[:, None, :, None]
-            states = [tuple(s.take_along_dim(index_of, dim=2) for s in pair) for pair in states]
-        self._slots.join(states, mask)
+        logits = self._slots.read(inputs)
         self._live += rows
-        for row, length in zip(rows, mask.sum(-1).tolist(), strict=True):
-            row.position = length
-        self._say(rows, out.logits[:, -1])
+        self._say(rows, logits)
 
     def _prefix(self, cache: DynamicCache, adapters: Sequence[Adapter], before: int) -> torch.Tensor:
         """Put prefixes into an empty cache, the shorter ones to the right; gives their mask."""
@@ -372,18 +236,8 @@ class SlotsBase:
         return shown
 
     def _step(self, live: list[_Asked]) -> None:
-        device = self.base.device
         self.mix.select([row.adapter for row in live])
-        inputs = self._slots.inputs()
-        out = self.base(
-            input_ids=torch.tensor([[row.token] for row in live], device=device),
-            position_ids=torch.tensor([[row.position] for row in live], device=device),
-            use_cache=True, **inputs, **self._more,
-        )  # fmt: skip
-        self._slots.end += 1
-        for row in live:
-            row.position += 1
-        self._say(live, out.logits[:, -1])
+        self._say(live, self._slots.step([row.token for row in live]))
 
     def _say(self, rows: Sequence[_Asked], logits: torch.Tensor) -> None:
         """Give each row its next token."""
@@ -405,7 +259,7 @@ class SlotsBase:
                     self._live[slot] = last
 
 
-class SlotEngine(Engine):
+class SlotEngine(OwnEngine):
     """One version: an adapter on a base that it shares.
 
     Args:
@@ -417,22 +271,12 @@ class SlotEngine(Engine):
     def __init__(
         self, shared: SlotsBase, adapter: Adapter, release: Callable[[], None] = lambda: None
     ) -> None:
+        super().__init__(shared.tokenizer, shared.encoding)
         self._shared, self._release = shared, release
         self._number = shared.add(adapter)
         self._closed = False
         positions = int(getattr(shared.base.config.get_text_config(), "max_position_embeddings", 4096))
         self.context_length = positions - adapter.virtual_tokens
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a chat, up to where the assistant's turn begins."""
-        with self._shared.encoding:
-            return prompt_ids(self._shared.tokenizer, messages)
-
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of a plain prompt."""
-        with self._shared.encoding:
-            ids: list[int] = self._shared.tokenizer(text)["input_ids"]
-            return ids
 
     def submit(self, request: GenerationRequest) -> Stream:
         """Take on a request; see `Engine.submit`."""

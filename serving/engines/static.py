@@ -16,10 +16,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from regraft.evals.generation import base_of, make_contiguous, padded_inputs, soft_prompt
-from regraft.models import prompt_ids
-from regraft.records import Message
 from serving.engines.base import (
-    Engine,
     EngineClosedError,
     EngineError,
     EngineLimits,
@@ -27,7 +24,7 @@ from serving.engines.base import (
     QueueFullError,
     Stream,
 )
-from serving.engines.rows import Row, draw
+from serving.engines.rows import OwnEngine, Row, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +63,7 @@ class _SampleRows(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-class StaticEngine(Engine):
+class StaticEngine(OwnEngine):
     """Answers with one loaded transformers or PEFT model.
 
     Args:
@@ -79,8 +76,7 @@ class StaticEngine(Engine):
         self, model: Any, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits | None = None
     ) -> None:
         self._limits = limits or EngineLimits()
-        self._tokenizer = tokenizer
-        self._encoding = threading.Lock()
+        super().__init__(tokenizer, threading.Lock())
         self._changed = threading.Condition()
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
@@ -97,17 +93,6 @@ class StaticEngine(Engine):
         self._hook = self._base.get_output_embeddings().register_forward_pre_hook(make_contiguous)
         self._worker = threading.Thread(target=self._work, name="regraft-engine", daemon=True)
         self._worker.start()
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a chat, up to where the assistant's turn begins."""
-        with self._encoding:
-            return prompt_ids(self._tokenizer, messages)
-
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of a plain prompt."""
-        with self._encoding:
-            ids: list[int] = self._tokenizer(text)["input_ids"]
-            return ids
 
     def submit(self, request: GenerationRequest) -> Stream:
         """Take on a request; see `Engine.submit`."""

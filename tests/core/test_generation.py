@@ -12,9 +12,8 @@ import pytest
 import torch
 import transformers
 
-from regraft.evals import decode
-from regraft.evals.decode import understands
 from regraft.evals.generation import base_of, end_ids, generate, measure_speed, new_tokens
+from regraft.evals.slots import Slots, understands
 from regraft.methods import parse_method
 from regraft.methods.base import trainable_parameters
 
@@ -203,13 +202,13 @@ def test_a_place_that_is_free_goes_to_the_next_prompt(
     end = some_end([alone(model, p, 40, [2]) for p in prompts])
     model.generation_config.eos_token_id = [int(tiny_tokenizer.eos_token_id), end]
     rows: list[int] = []
-    step = decode._Batch.step
+    step = Slots.step
 
-    def counted(self: Any) -> Any:
-        rows.append(len(self.rows))
-        return step(self)
+    def counted(self: Slots, tokens: Sequence[int]) -> Any:
+        rows.append(self.used)
+        return step(self, tokens)
 
-    monkeypatch.setattr(decode._Batch, "step", counted)
+    monkeypatch.setattr(Slots, "step", counted)
     found = new_tokens(model, tiny_tokenizer, prompts, max_new_tokens=40, batch_size=6)
     static = sum(max(len(answer) for answer in found[i : i + 6]) for i in range(0, 40, 6))
     assert max(rows) == 6

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import regraft.evals.slots
 from regraft.methods import METHODS_BY_NAME, parse_method
 from regraft.models import load_tokenizer, prompt_ids
 from regraft.records import Message
@@ -109,7 +110,7 @@ def test_all_kinds_answer_in_one_batch_that_changes_all_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """More requests than slots, of all kinds and different lengths: they join and leave at every step."""
-    monkeypatch.setattr(slots, "_ROOM", room)
+    monkeypatch.setattr(regraft.evals.slots, "ROOM", room)
     monkeypatch.setattr(slots, "_PREFILL_TOKENS", 120)
 
     async def crowd(engines: dict[str, SlotEngine]) -> None:
@@ -128,8 +129,6 @@ def test_all_kinds_answer_in_one_batch_that_changes_all_the_time(
 
     with shared(base_folder, max_batch=7, max_queued=200) as base:
         asyncio.run(crowd({k: engine(base, k, adapters) for k in KINDS if k != "qlora"}))
-        # Queries, keys and values read the same, and so do gate and up: their adapters' first products are one.
-        assert sorted(len(names) for names in base.mix._siblings) == [2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("kind", sorted(ALONE))

@@ -5,15 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from regraft.errors import ServiceError
 
-_NAMESPACE = "regraft"
+NAMESPACE = "regraft"
 _LOOK_EVERY = 0.2
 
 
 class _Lock:
     """Stands for who holds it, as long as that process lives."""
+
+
+def claim(name: str, kind: type[Any], *args: Any, **options: Any) -> Any | None:
+    """Start an actor by a name of which a cluster has one; None if there is one already.
+
+    It ends with its process, however that ends.
+
+    Args:
+        name: The name, on the connected cluster.
+        kind: The actor's class.
+        args: Its arguments.
+        options: More options for Ray.
+    """
+    import ray
+
+    actor = ray.remote(kind).options(name=name, namespace=NAMESPACE, num_cpus=0, **options)
+    try:
+        started = actor.remote(*args)
+        ray.get(started.__ray_ready__.remote())
+    except (ValueError, ray.exceptions.RayActorError):  # another was quicker
+        return None
+    return started
 
 
 @contextmanager
@@ -32,20 +55,14 @@ def cluster_lock(name: str, *, patience: float = 600.0) -> Iterator[None]:
     """
     import ray
 
-    kind = ray.remote(_Lock).options(name=f"lock:{name}", namespace=_NAMESPACE, num_cpus=0)
     deadline = time.monotonic() + patience
-    while True:
-        try:
-            lock = kind.remote()
-            ray.get(lock.__ray_ready__.remote())
-            break
-        except (ValueError, ray.exceptions.RayActorError) as error:  # another was there first
-            if time.monotonic() > deadline:
-                raise ServiceError(
-                    f"{name} has been locked for {patience:.0f} s by another process of the cluster",
-                    "see which job promotes in Ray's dashboard, and end it if it hangs",
-                ) from error
-            time.sleep(_LOOK_EVERY)
+    while (lock := claim(f"lock:{name}", _Lock)) is None:
+        if time.monotonic() > deadline:
+            raise ServiceError(
+                f"{name} has been locked for {patience:.0f} s by another process of the cluster",
+                "see which job promotes in Ray's dashboard, and end it if it hangs",
+            )
+        time.sleep(_LOOK_EVERY)
     try:
         yield
     finally:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from regraft.cluster.locks import NAMESPACE, claim
 from regraft.errors import ServiceError
 
-_NAMESPACE = "regraft"
 _PREFIX = "sweep:"
 #: Ray notices that a driver is gone a moment after it is.
 _PATIENCE = 30.0
@@ -50,15 +50,9 @@ def announced(sweep: str, say: Callable[[str], None]) -> Iterator[Callable[[], i
     _wait_until_gone(sweep, say)
     context = ray.get_runtime_context()
     by = f"process {os.getpid()} on {socket.gethostname()} (Ray job {context.get_job_id()})"
-    sign = (
-        ray.remote(_Sweep)
-        .options(name=_PREFIX + sweep, namespace=_NAMESPACE, num_cpus=0, max_restarts=-1)
-        .remote(by)
-    )
-    try:
-        ray.get(sign.by.remote())
-    except (ValueError, ray.exceptions.RayActorError) as error:  # another was quicker
-        raise ServiceError(f"the sweep {sweep} runs already", "wait for it, or end it") from error
+    sign = claim(_PREFIX + sweep, _Sweep, by, max_restarts=-1)
+    if sign is None:
+        raise ServiceError(f"the sweep {sweep} runs already", "wait for it, or end it")
     if others := _count() - 1:
         say(f"this sweep shares the cluster with {others} other{'s' * (others > 1)}")
     try:
@@ -82,7 +76,7 @@ def _wait_until_gone(sweep: str, say: Callable[[str], None]) -> None:
     deadline, told = time.monotonic() + _PATIENCE, False
     while True:
         try:
-            other = ray.get_actor(_PREFIX + sweep, namespace=_NAMESPACE)
+            other = ray.get_actor(_PREFIX + sweep, namespace=NAMESPACE)
             by = ray.get(other.by.remote(), timeout=5)
         except (ValueError, ray.exceptions.RayError):
             return

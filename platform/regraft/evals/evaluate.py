@@ -32,6 +32,27 @@ def evaluate(
         likelihoods: Of the references, in the same order; none for metrics that do not ask.
         texts: What the candidate and its base say of the metrics' own texts; None if it was not asked.
     """
+    report = EvalReport(
+        dataset_id=dataset_id,
+        split=split,
+        metric_versions=versions(metrics),
+        examples=score_answers(examples, outputs, metrics, likelihoods),
+    )
+    return with_whole(report, metrics, texts)
+
+
+def versions(metrics: Sequence[Metric]) -> dict[str, int]:
+    """The metrics' versions by their names."""
+    return {metric.name: metric.version for metric in metrics}
+
+
+def score_answers(
+    examples: Sequence[Example],
+    outputs: Sequence[str],
+    metrics: Sequence[Metric],
+    likelihoods: Sequence[Likelihood | None] = (),
+) -> tuple[ExampleScore, ...]:
+    """What each answer scores by itself; see `evaluate`."""
     answers = [
         Answer(output, example.reference, _said(example), example.tags, likelihood)
         for example, output, likelihood in zip(
@@ -48,7 +69,7 @@ def evaluate(
                 failures[index] |= {out.name: _reason(found) for out in metric.outputs}
             else:
                 scores[index] |= found
-    scored = tuple(
+    return tuple(
         ExampleScore(
             example_id=example.id,
             prompt=example.prompt[-1].content,
@@ -61,13 +82,6 @@ def evaluate(
         )
         for index, (example, answer) in enumerate(zip(examples, answers, strict=True))
     )
-    report = EvalReport(
-        dataset_id=dataset_id,
-        split=split,
-        metric_versions={metric.name: metric.version for metric in metrics},
-        examples=scored,
-    )
-    return with_whole(report, metrics, texts)
 
 
 def with_whole(report: EvalReport, metrics: Sequence[Metric], texts: Nats | None = None) -> EvalReport:

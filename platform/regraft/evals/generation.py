@@ -165,17 +165,19 @@ def new_tokens(
     """The token ids of each answer, up to and without what ends it; see `generate`."""
     import torch
 
-    from regraft.evals.decode import decode, understands
+    from regraft.evals.decode import decode
+    from regraft.evals.slots import understands
 
     answers: list[list[int]] = [[] for _ in prompts]
     base, soft, pad = base_of(model), soft_prompt(model), int(tokenizer.pad_token_id)
+    ends = end_ids(model, tokenizer)
     with torch.inference_mode(), contiguous_head(base):
         if understands(base):
             decoded = decode(
                 base,
                 [len(prompt) for prompt in prompts],
                 lambda some: padded_inputs(model, [prompts[i] for i in some], pad, soft)[1],
-                ends=end_ids(model, tokenizer),
+                ends=ends,
                 max_new_tokens=max_new_tokens,
                 places=batch_size,
             )
@@ -186,9 +188,9 @@ def new_tokens(
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            new = _generate_batch(model, tokenizer, [prompts[i] for i in rows], max_new_tokens)
+            new = generate_batch(model, tokenizer, [prompts[i] for i in rows], max_new_tokens)
             for index, ids in zip(rows, new, strict=True):
-                answers[index] = ids
+                answers[index] = ids[:-1] if ids[-1] in ends else ids
             alive()
             progress(start + len(rows))
     return answers
@@ -206,26 +208,26 @@ def measure_speed(
     latencies: list[float] = []
     first: list[float] = []
     between: list[float] = []
-    tokens = 0
+    tokens, ends = 0, end_ids(model, tokenizer)
     with contiguous_head(base_of(model)):
-        _generate_batch(model, tokenizer, [prompts[0]], max_new_tokens=2)
+        generate_batch(model, tokenizer, [prompts[0]], max_new_tokens=2)
         for prompt in prompts:
             clock = _Clock()
             started = time.perf_counter()
-            new = _generate_batch(model, tokenizer, [prompt], max_new_tokens, streamer=clock)
+            (new,) = generate_batch(model, tokenizer, [prompt], max_new_tokens, streamer=clock)
             latencies.append((time.perf_counter() - started) * 1000)
             times = clock.times
             first.append((times[0] - started) * 1000)
             between += [(after - before) * 1000 for before, after in itertools.pairwise(times)]
-            tokens += len(new[0])
+            tokens += len(new) - (new[-1] in ends)
             alive()
     return Speed(
         latency_p50_ms=statistics.median(latencies),
-        latency_p95_ms=_p95(latencies),
+        latency_p95_ms=p95(latencies),
         first_token_p50_ms=statistics.median(first),
-        first_token_p95_ms=_p95(first),
+        first_token_p95_ms=p95(first),
         token_p50_ms=statistics.median(between) if between else None,
-        token_p95_ms=_p95(between) if between else None,
+        token_p95_ms=p95(between) if between else None,
         tokens_per_second=tokens / (sum(latencies) / 1000),
         how=(
             f"{len(prompts)} prompts one by one through transformers' generate after a warm-up, at most "
@@ -235,7 +237,8 @@ def measure_speed(
     )
 
 
-def _p95(values: Sequence[float]) -> float:
+def p95(values: Sequence[float]) -> float:
+    """The value that nineteen in twenty do not exceed, of those there are."""
     return sorted(values)[round(0.95 * (len(values) - 1))]
 
 
@@ -256,14 +259,18 @@ class _Clock:
         return self._puts[1:]
 
 
-def _generate_batch(
+def generate_batch(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     streamer: Any = None,
 ) -> list[list[int]]:
-    """New token ids of each row, up to and without what ends it."""
+    """Answer prompts greedily in one padded batch, through `generate`; see `contiguous_head`.
+
+    Returns:
+        New token ids of each answer, with the one that ended it if it came to that.
+    """
     import torch
 
     pad, ends = int(tokenizer.pad_token_id), end_ids(model, tokenizer)
@@ -280,5 +287,8 @@ def _generate_batch(
         )
     # Asked with token ids `generate` gives the prompt back too; asked with embeddings, the new tokens alone.
     start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-    rows = (row.tolist() for row in out[:, start:])
-    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+    answers = []
+    for row in out[:, start:].tolist():
+        end = next((n for n, token in enumerate(row, start=1) if token in ends), len(row))
+        answers.append(row[:end])
+    return answers

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from regraft.chat_client import ChatClient, NoAnswerError, Reply
+from regraft.chat_client import ChatClient, NoAnswerError, Reply, read_key
 from regraft.errors import ServiceError
 from regraft.packages import home
 
@@ -80,13 +79,12 @@ class Endpoint:
         return reply.completion_tokens is not None and reply.completion_tokens >= self._max_tokens
 
     def _open(self) -> ChatClient:
-        if self._key_env is not None:
-            self._key = os.environ.get(self._key_env, "").strip()
-            if not self._key:
-                raise ServiceError(
-                    f"the environment variable {self._key_env} is not set",
-                    "set it wherever trials run, or mend api_key_env of the judge",
-                )
+        self._key = read_key(self._key_env)
+        if self._key_env is not None and not self._key:
+            raise ServiceError(
+                f"the environment variable {self._key_env} is not set",
+                "set it wherever trials run, or mend api_key_env of the judge",
+            )
         return ChatClient(self._url, self._model, key=self._key, timeout_seconds=self._timeout_s, tries=TRIES)
 
 

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from regraft.encoders import load_encoder
 from regraft.errors import ModelError
 
 if TYPE_CHECKING:
@@ -51,33 +52,21 @@ class Classifier:
     """
 
     def __init__(self, folder: Path) -> None:
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
         self._where = f"toxicity: model {folder}"
-        self._tokenizing = (
-            threading.Lock()
-        )  # a Rust tokenizer that is in use cannot be set up for another call
-        with torch.random.fork_rng(devices=[]):  # training around this draws the same numbers as without
-            try:
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-                model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                    folder,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                )
-            except (OSError, ValueError) as error:
-                raise ModelError(f"{self._where} cannot be loaded: {error}", _MEND) from error
-        if loaded["missing_keys"]:  # transformers would make the head up at random
-            raise ModelError(f"{self._where} has no weights {sorted(loaded['missing_keys'])[:3]}", _MEND)
+        try:
+            loaded = load_encoder(AutoModelForSequenceClassification, folder)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self._where} cannot be loaded: {error}", _MEND) from error
+        if loaded.missing:
+            raise ModelError(f"{self._where} has no weights {list(loaded.missing[:3])}", _MEND)
+        self._tokenizer, self._model, _, self._tokenizing = loaded
         if not self._tokenizer.is_fast:
             raise ModelError(f"{self._where} has no tokenizer.json", _MEND)
-        config = model.config
+        config = self._model.config
         if config.problem_type == "regression":
             raise ModelError(f"{self._where} gives a regression and no probabilities", _MEND)
-        self._model: Any = model.eval()
         self.labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
         # As the text-classification pipeline of transformers decides it.
         self.exclusive = config.problem_type != "multi_label_classification" and config.num_labels > 1

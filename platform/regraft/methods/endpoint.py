@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from regraft.chat_client import ChatClient, endpoint_url
+from regraft.chat_client import ChatClient, endpoint_url, read_key
 from regraft.errors import ServiceError
 from regraft.methods.base import DTypeName, Kind, Method, Support
 
@@ -57,7 +56,7 @@ class Endpoint(Method):
     @property
     def missing_key(self) -> str:
         """What is wrong with the environment here, for people; empty if nothing is."""
-        if self.api_key_env is None or os.environ.get(self.api_key_env, "").strip():
+        if self.api_key_env is None or read_key(self.api_key_env):
             return ""
         return f"api_key_env: {self.api_key_env} is not set"
 
@@ -71,7 +70,7 @@ class Endpoint(Method):
             raise ServiceError(
                 f"{self.missing_key} where this trial runs: set it before Ray is started there"
             )
-        key = os.environ[self.api_key_env].strip() if self.api_key_env else ""
+        key = read_key(self.api_key_env)
         return ChatClient(self.url, self.model, key=key, timeout_seconds=self.timeout_seconds)
 
     def money(self, prompt_tokens: int, completion_tokens: int) -> float:

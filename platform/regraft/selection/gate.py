@@ -8,7 +8,7 @@ from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 from regraft.records import Comparison, EvalReport, GateCheck, Parity, PromotionDecision, content_hash
-from regraft.selection.rank import Bound
+from regraft.selection.rank import Bound, holds
 from regraft.selection.resampling import paired_comparison
 
 #: How likely an effect is to be found with the number of examples that is advised.
@@ -162,9 +162,8 @@ def _own_bounds(challenger: Candidate, rules: Rules) -> list[GateCheck]:
     found = []
     for bound in rules.bounds:
         value = challenger.figure(bound.metric)
-        ok = value is not None and (value <= bound.bound if bound.sense == "<=" else value >= bound.bound)
         rule = f"{bound.sense} {bound.bound:g}"
-        found.append(GateCheck(figure=bound.metric, challenger=value, rule=rule, ok=ok))
+        found.append(GateCheck(figure=bound.metric, challenger=value, rule=rule, ok=holds(bound, value)))
     return found
 
 

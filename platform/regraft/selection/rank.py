@@ -32,6 +32,13 @@ class Bound(Protocol):
         ...
 
 
+def holds(bound: Bound, value: float | None) -> bool:
+    """Whether a figure keeps within its bound; what was not recorded does not."""
+    if value is None:
+        return False
+    return value <= bound.bound if bound.sense == "<=" else value >= bound.bound
+
+
 #: What quality is held against: lower is better.
 _PRICES = ("train_seconds", "memory_peak_gib", "latency_p95_ms")
 
@@ -74,7 +81,7 @@ def rank(
     scored.sort(key=lambda t: (-means[t.key], t.cost.train_seconds))
     # An endpoint's training and memory are not ours, and no price beside those that are.
     front = _pareto_front([t for t in scored if not t.is_endpoint], means)
-    broken = {t.key: [c for c in constraints if not _meets(t, c)] for t in scored}
+    broken = {t.key: [c for c in constraints if not holds(c, t.figures.get(c.metric))] for t in scored}
     corrected = _p_against_control(scored, scores, resamples)
     rows = []
     for place, trial in enumerate(scored, start=1):
@@ -199,13 +206,6 @@ def _pareto_front(trials: Sequence[TrialResult], quality: dict[str, float]) -> s
             for other in points.values()
         )
     }
-
-
-def _meets(trial: TrialResult, bound: Bound) -> bool:
-    value = trial.figures.get(bound.metric)
-    if value is None:
-        return False
-    return value <= bound.bound if bound.sense == "<=" else value >= bound.bound
 
 
 def _say_broken(trial: TrialResult, bound: Bound) -> str:

@@ -169,12 +169,7 @@ class Tracker(Results):
     @guarded
     def add_final(self, result: TrialResult) -> None:
         """Add to a trial's run, which has ended, what was measured of it afterwards."""
-        now, values = now_ms(), {}
-        if result.final is not None:
-            values = {f"final/{k}": v for k, v in (result.final.means | result.final.whole).items()}
-        if result.speed is not None:
-            values |= {f"speed/{k}": v for k, v in result.speed.figures.items()}
-        metrics = [Metric(key, value, now, 0) for key, value in values.items()]
+        metrics = _of_final(result.final, result.speed)
         self._client.log_batch(result.run_id, metrics=metrics, tags=end_tags(result.status, result.reason))
         self._client.log_text(result.run_id, to_json(result), RESULT_FILE)
 
@@ -236,10 +231,8 @@ class Tracker(Results):
         """
         tags = {"role": "evaluation", "evaluated": version.served_id, "dataset": report.dataset_id}
         run = self._resume(tags | {"asked": report.asked}, name=f"evaluation {version.served_id}")
-        run_id, now = str(run.info.run_id), now_ms()
-        values = {f"final/{k}": v for k, v in (report.means | report.whole).items()}
-        values |= {f"speed/{k}": v for k, v in (speed.figures if speed else {}).items()}
-        self._client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in values.items()])
+        run_id = str(run.info.run_id)
+        self._client.log_batch(run_id, metrics=_of_final(report, speed))
         self._client.log_text(run_id, to_json(report), "report.json")
         self._client.set_tag(run_id, "status", "completed")
         self._client.set_terminated(run_id)
@@ -259,3 +252,11 @@ class Tracker(Results):
         """
         self._client.set_experiment_tag(self.experiment_id, VIEW_TAG, view_value(metrics or METRICS))
         return self.uri + view_path(self.experiment_id)
+
+
+def _of_final(report: EvalReport | None, speed: Speed | None) -> list[Metric]:
+    """What was measured alone, as metrics."""
+    now = now_ms()
+    values = {f"final/{k}": v for k, v in (report.means | report.whole).items()} if report else {}
+    values |= {f"speed/{k}": v for k, v in speed.figures.items()} if speed else {}
+    return [Metric(key, value, now, 0) for key, value in values.items()]

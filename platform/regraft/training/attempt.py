@@ -91,8 +91,9 @@ class Attempt:
         first = "cpu" if self.workers.shard and not method.quantised else self.device
         base = self.bases.take(method, base_model.path, spec.model.dtype, first)
         if not self.workers.shard:
-            kind = BaseCache.key(method, base_model.path, spec.model.dtype, self.device)
-            self.base_nats = self.bases.nats(base, tokenizer, spec.evaluate, *kind)
+            self.base_nats = self.bases.nats(
+                base, tokenizer, spec.evaluate, method, base_model.path, spec.model.dtype, self.device
+            )
         # First weights are drawn here; what this process did before must not decide them.
         torch.manual_seed(spec.sweep.seed)
         model = method.apply(base)

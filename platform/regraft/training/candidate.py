@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.config import EvaluateSection
-from regraft.evals.evaluate import evaluate, with_whole
+from regraft.evals.evaluate import score_answers, versions, with_whole
 from regraft.evals.generation import generate, measure_speed
 from regraft.methods import Method
 from regraft.methods.base import DTypeName
@@ -35,21 +35,21 @@ class BaseCache:
 
     def take(self, method: Method, path: Path, dtype: DTypeName, device: str) -> nn.Module:
         """A clean base for `method`, from the cache or freshly loaded."""
-        held = self._held.pop(self.key(method, path, dtype, device), None)
+        held = self._held.pop(self._key(method, path, dtype, device), None)
         return held if held is not None else method.load_base(path, dtype, device)
 
     def nats(
-        self, base: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvaluateSection, *kind: str
+        self,
+        base: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: EvaluateSection,
+        method: Method,
+        path: Path,
+        dtype: DTypeName,
+        device: str,
     ) -> dict[str, float]:
-        """`nats_of_texts` of a clean base, asked once a process.
-
-        Args:
-            base: The base, with nothing on it.
-            tokenizer: Its tokenizer.
-            settings: With the metrics that ask.
-            kind: What the base was loaded as.
-        """
-        key = (*kind, settings.asked)
+        """`nats_of_texts` of a clean base that was taken, asked once a process."""
+        key = (*self._key(method, path, dtype, device), settings.asked)
         if key not in self._nats:
             self._nats[key] = nats_of_texts(base, tokenizer, settings)
         return self._nats[key]
@@ -60,13 +60,12 @@ class BaseCache:
         """Keep a base that is clean again; None is taken as 'it no longer is'."""
         if base is None:
             return
-        self._held[self.key(method, path, dtype, device)] = base.eval()
+        self._held[self._key(method, path, dtype, device)] = base.eval()
         while len(self._held) > self._keep:
             self._held.popitem(last=False)
 
     @staticmethod
-    def key(method: Method, path: Path, dtype: str, device: str) -> tuple[str, ...]:
-        """What tells bases apart."""
+    def _key(method: Method, path: Path, dtype: str, device: str) -> tuple[str, ...]:
         quantisation = str(getattr(method, "quantise", None))
         return (str(path), dtype, device, quantisation)
 
@@ -111,15 +110,16 @@ def score(
     if base_nats is not None:
         own = nats_of_texts(model, tokenizer, settings)
         texts = {name: (own[name], base_nats[name]) for name in own}
-    fresh = evaluate(
-        asked, outputs, settings.metrics, dataset_id=dataset_id, split=split,
-        likelihoods=likelihoods, texts=texts,
-    )  # fmt: skip
-    by_id = have | {s.example_id: s for s in fresh.examples}
-    tagged = tuple(by_id[e.id].model_copy(update={"tags": e.tags}) for e in examples)
-    whole = fresh.model_copy(update={"examples": tagged, "asked": settings.asked})
-    # Of examples known before and asked now together; without the former, it is what was found already.
-    return with_whole(whole, settings.metrics, texts) if have else whole
+    fresh = score_answers(asked, outputs, settings.metrics, likelihoods)
+    by_id = have | {s.example_id: s for s in fresh}
+    report = EvalReport(
+        dataset_id=dataset_id,
+        split=split,
+        metric_versions=versions(settings.metrics),
+        examples=tuple(by_id[e.id].model_copy(update={"tags": e.tags}) for e in examples),
+        asked=settings.asked,
+    )
+    return with_whole(report, settings.metrics, texts)
 
 
 def nats_of_texts(
@@ -141,8 +141,7 @@ def speed(
     threads: int,
 ) -> Speed:
     """Time a few answers, one by one."""
-    step = max(1, len(examples) // settings.latency_prompts)
-    prompts = [prompt_ids(tokenizer, e.prompt) for e in examples[::step][: settings.latency_prompts]]
+    prompts = [prompt_ids(tokenizer, e.prompt) for e in settings.timed(examples)]
     return measure_speed(model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, threads=threads)
 
 

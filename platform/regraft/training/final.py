@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from regraft.config import EvaluateSection, ModelSection
-from regraft.errors import ModelError
 from regraft.methods import parse_method
 from regraft.methods.endpoint import Endpoint
-from regraft.models import load_tokenizer, pick_device, resolve
+from regraft.models import load_tokenizer, pick_device, resolve_trained_on
 from regraft.records import EvalReport, Example, ExampleScore, Record, Speed
 from regraft.training.candidate import BaseCache, score, speed
 from regraft.training.remote import ask_endpoint
@@ -72,34 +71,28 @@ def measure(
     if isinstance(method, Endpoint):
         found = ask_endpoint(method, examples, settings, dataset_id=dataset_id, split="final")
         return Measured(found.report, found.speed)
-    base_model = resolve(entry.base_model, None)
-    if base_model.revision != entry.base_revision:
-        raise ModelError(
-            f"{entry.label} was trained on {entry.base_model} at {entry.base_revision}, but here it is at "
-            f"{base_model.revision}",
-            "put that revision of the base model back, or train again",
-        )
-    tokenizer, device = load_tokenizer(base_model.path), pick_device(model.device)
+    base_path = resolve_trained_on(entry.base_model, entry.base_revision, entry.label).path
+    tokenizer, device = load_tokenizer(base_path), pick_device(model.device)
     shown = method.shown(train)
     asked = [e.after(shown) for e in examples]
-    base = bases.take(method, base_model.path, model.dtype, device)
-    kind = BaseCache.key(method, base_model.path, model.dtype, device)
-    before = bases.nats(base, tokenizer, settings, *kind)
+    held = (method, base_path, model.dtype, device)
+    base = bases.take(*held)
+    before = bases.nats(base, tokenizer, settings, *held)
     if folder is None:
         candidate = base
     elif method.kind == "adapter":
         candidate = method.attach(base, folder)
     else:  # all weights are its own
-        bases.give_back(base, method, base_model.path, model.dtype, device)
+        bases.give_back(base, *held)
         del base
-        candidate = method.load(base_model.path, folder, model.dtype, device)
+        candidate = method.load(base_path, folder, model.dtype, device)
     candidate.eval()
     report = score(
         candidate, tokenizer, asked, settings,
         dataset_id=dataset_id, split="final", known=known, base_nats=before,
     )  # fmt: skip
     timing = speed(candidate, tokenizer, asked, settings, torch.get_num_threads())
-    bases.give_back(method.release(candidate), method, base_model.path, model.dtype, device)
+    bases.give_back(method.release(candidate), *held)
     return Measured(
         report, timing.model_copy(update={"how": f"{timing.how}; {where}" if where else timing.how})
     )

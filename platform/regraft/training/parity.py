@@ -9,7 +9,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from regraft.evals.generation import base_of, contiguous_head, padded_inputs, soft_prompt
+from regraft.evals.generation import (
+    base_of,
+    contiguous_head,
+    end_ids,
+    generate_batch,
+    padded_inputs,
+    soft_prompt,
+)
 from regraft.methods.base import DTypeName
 from regraft.records import AnswerDifference, PathParity
 
@@ -64,26 +71,11 @@ def greedy_ids(
     Returns:
         New token ids of each answer, with the token that ended it if it came to that.
     """
-    import torch
-
-    pad, ends = int(tokenizer.pad_token_id), _ends(model, tokenizer)
     answers: list[tuple[int, ...]] = []
-    with torch.inference_mode(), contiguous_head(base_of(model)):
-        soft = soft_prompt(model)
+    with contiguous_head(base_of(model)):
         for start in range(0, len(prompts), batch_size):
             asked = [p.ids for p in prompts[start : start + batch_size]]
-            call, inputs = padded_inputs(model, asked, pad, soft)
-            out = call(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=pad,
-                eos_token_id=sorted(ends),
-            )
-            for row in out[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :].tolist():
-                end = next((n for n, token in enumerate(row, start=1) if token in ends), len(row))
-                answers.append(tuple(row[:end]))
+            answers += map(tuple, generate_batch(model, tokenizer, asked, max_new_tokens))
     return answers
 
 
@@ -125,7 +117,7 @@ def compare(
         tolerance: Largest difference of log-probabilities that passes for a tie, in nats.
     """
     differences: list[AnswerDifference] = []
-    read = _Reader(tokenizer, _ends(model, tokenizer))
+    read = _Reader(tokenizer, end_ids(model, tokenizer))
     for prompt, wanted, answer in zip(prompts, expected, got, strict=True):
         at = _parting(read, wanted, answer)
         if at is None:
@@ -162,12 +154,6 @@ def tolerance_of(dtype: DTypeName, *, merged: bool = False) -> float:
     if dtype == "float32":
         return FP32_TOLERANCE
     return BF16_MERGED_TOLERANCE if merged else BF16_TOLERANCE
-
-
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Token ids that end an answer: those of the model's generation configuration and the tokenizer's own."""
-    own = base_of(model).generation_config.eos_token_id
-    return frozenset({own} if isinstance(own, int) else own or ()) | {int(tokenizer.eos_token_id)}
 
 
 class _Reader(NamedTuple):

@@ -11,6 +11,7 @@ from regraft.chat_client import ChatClient, NoAnswerError, Reply, Turn
 from regraft.config import EvaluateSection
 from regraft.errors import ServiceError
 from regraft.evals.evaluate import evaluate
+from regraft.evals.generation import p95
 from regraft.methods.endpoint import Endpoint
 from regraft.records import EvalReport, Example, ExampleScore, Speed
 from regraft.watchdog import alive
@@ -122,10 +123,9 @@ def _tokens(replies: Sequence[Reply]) -> dict[str, int]:
 
 def _speed(client: ChatClient, examples: Sequence[Example], settings: EvaluateSection) -> Speed | None:
     """Time a few answers one by one, over connections that are open; None if it does not stream them."""
-    step = max(1, len(examples) // settings.latency_prompts)
     replies: list[Reply] = []
     problem = ""
-    for example in examples[::step][: settings.latency_prompts]:
+    for example in settings.timed(examples):
         try:
             replies.append(client.ask(_turns(example), max_tokens=settings.max_new_tokens, stream=True))
         except NoAnswerError as error:
@@ -135,13 +135,13 @@ def _speed(client: ChatClient, examples: Sequence[Example], settings: EvaluateSe
         _log.warning("%d answers were timed; of another: %s", len(replies), problem)
     if not replies:
         return None
-    latencies = sorted(r.seconds * 1000 for r in replies)
+    latencies = [r.seconds * 1000 for r in replies]
     first = [r.first_token_seconds * 1000 for r in replies if r.first_token_seconds is not None]
     # A streamed part is one token at most endpoints; their own count is better where they give it.
     tokens = sum(r.pieces if r.completion_tokens is None else r.completion_tokens for r in replies)
     return Speed(
         latency_p50_ms=statistics.median(latencies),
-        latency_p95_ms=latencies[min(len(latencies) - 1, round(0.95 * (len(latencies) - 1)))],
+        latency_p95_ms=p95(latencies),
         first_token_p50_ms=statistics.median(first),
         tokens_per_second=tokens / (sum(latencies) / 1000),
         how=f"{len(replies)} prompts one by one over HTTP, streamed, each asked once before, at most "

@@ -145,12 +145,14 @@ def run_finals(
     def board() -> Leaderboard:
         return ranked(experiment, sweep_id, tuple(found.values()))
 
-    waiting = [key for key in contenders(board(), experiment.evaluate.finals) if found[key].final is None]
-    if not waiting and not _next(board(), found):
-        return board(), tuple(found.values())
+    current = board()
+    first = [key for key in contenders(current, experiment.evaluate.finals) if found[key].final is None]
+    waiting = first or _next(current, found)
+    if not waiting:
+        return current, tuple(found.values())
     with quietly(experiment, tracking_uri, say) as worker:
         quiet = Quiet(experiment, dataset, worker)
-        while waiting or (waiting := _next(board(), found)):
+        while waiting:
             result = found[waiting.pop(0)]
             say(f"measuring {result.label} alone")
             entry = Entry(**result.model_dump(include=set(Entry.model_fields)))
@@ -165,7 +167,10 @@ def run_finals(
                 result = result.model_copy(update=update)
             found[result.key] = result
             tracker.add_final(result)
-    return board(), tuple(found.values())
+            if not waiting:
+                current = board()
+                waiting = _next(current, found)
+    return current, tuple(found.values())
 
 
 def contenders(board: Leaderboard, most: int) -> list[str]:
