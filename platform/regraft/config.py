@@ -15,6 +15,7 @@ from regraft.errors import ConfigError
 from regraft.explain import did_you_mean, dotted, explain, explain_method, place
 from regraft.records import FIGURES
 from regraft.search import SearchError, expand
+from regraft.section import Section
 from regraft.sections import (
     BudgetSection,
     ClusterSection,
@@ -28,12 +29,11 @@ from regraft.sections import (
     ModelSection,
     MonitorSection,
     RetrainSection,
-    Section,
     SelectSection,
-    ServeSection,
     SweepSection,
     TrackingSection,
 )
+from regraft.serve_sections import ServeSection
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -21,12 +19,7 @@ from regraft.methods import METHODS_BY_NAME, Method
 from regraft.methods.base import DTypeName
 from regraft.records import Example, content_hash
 from regraft.search import AnySearch, AnyStopping, Arm, Asha, Grid, arms
-
-
-class Section(BaseModel):
-    """A section of the YAML: frozen, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from regraft.section import Section
 
 
 class ModelSection(Section):
@@ -353,23 +346,6 @@ class SelectSection(Section):
         ge=0,
         description="How much a challenger may lose on any one evaluation set, in the metric's unit.",
     )
-
-
-class ServeSection(Section):
-    """The endpoint."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    max_batch: int = Field(16, ge=1, description="Requests answered together.")
-    max_queued: int = Field(
-        64, ge=1, description="Requests waiting beyond those being answered; more get 429."
-    )
-    max_new_tokens: int = Field(256, ge=1, description="Upper bound on what one request may ask for.")
-    poll_seconds: float = Field(1.0, gt=0, description="How often the champion alias is looked up.")
-    num_cpus: float = Field(
-        1, ge=0, description="Cores reserved for the endpoint; 0 shares them with trials."
-    )
-    num_gpus: float = Field(0, ge=0)
 
 
 class MonitorSection(Section):
