@@ -87,7 +87,8 @@ class _Answer:
 
     async def whole(self) -> Response:
         for exchange in self.exchanges:
-            await exchange.rest()
+            async for _ in exchange:
+                pass
         answers = [(e.text, str(e.finish_reason)) for e in self.exchanges]
         return JSONResponse(self._reply.whole(answers, *self._tokens()), headers=self.headers)
 
@@ -97,8 +98,8 @@ class _Answer:
                 opening = self._reply.opening(index)
                 if opening:
                     yield sse(opening)
-                async for text in exchange:
-                    yield sse(self._reply.delta(index, text))
+                async for delta in exchange:
+                    yield sse(self._reply.delta(index, delta.text))
                 yield sse(self._reply.delta(index, "", exchange.finish_reason))
         except EngineError as error:  # too late for a status: the stream says it
             yield sse(_engine_error(error).body)

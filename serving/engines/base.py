@@ -26,6 +26,8 @@ class GenerationRequest:
         top_p: Sample from the smallest set of tokens with at least this probability.
         seed: Makes sampling repeatable; None draws afresh.
         stop: The answer ends before the first of these.
+        logprobs: How many of the likeliest tokens to tell beside each generated one, with their
+            log-probabilities; 0 tells the generated ones alone, None tells nothing.
     """
 
     prompt_ids: tuple[int, ...]
@@ -34,13 +36,38 @@ class GenerationRequest:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and how likely the model held it to be, before temperature and top-p.
+
+    Attributes:
+        id: In the vocabulary.
+        spelling: Its bytes; a token may hold a part of a character only.
+        logprob: Natural logarithm of its probability.
+        top: The likeliest tokens in its place, likeliest first; theirs are empty.
+    """
+
+    id: int
+    spelling: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of the answer."""
+    """More of the answer.
+
+    Attributes:
+        text: What may be shown now; empty if there are only tokens to tell.
+        tokens: Those whose text begins in it, if the request asked for log-probabilities. The
+            end-of-sequence token and what comes after a stop string are never told.
+    """
 
     text: str
+    tokens: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +132,8 @@ class Engine(ABC):
 
     #: Tokens that prompt and answer may have together.
     context_length: int
+    #: Token ids are from 0 to below this.
+    vocabulary: int
 
     @abstractmethod
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -113,6 +142,10 @@ class Engine(ABC):
     @abstractmethod
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a plain prompt."""
+
+    @abstractmethod
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """The text of a prompt that was given as token ids, special tokens included."""
 
     @abstractmethod
     def submit(self, request: GenerationRequest) -> Stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,9 @@ from serving.engines.base import (
     GenerationRequest,
     Stream,
     TextDelta,
+    TokenLogprob,
 )
-from serving.engines.text import Detokenizer, StopScanner
+from serving.engines.text import Detokenizer, Spelling, StopScanner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +50,12 @@ class Row(Stream):
         self._cancelled = cancelled
         self._detokenizer = Detokenizer(tokenizer)
         self._scanner = StopScanner(request.stop)
+        self._spelling = None if request.logprobs is None else Spelling(tokenizer)
         self._count = 0
+        #: Tokens that are not told yet, each with where its text begins.
+        self._untold: deque[tuple[int, TokenLogprob]] = deque()
+        self._known = 0  # characters that the detokenizer has given
+        self._given = 0  # characters that were given out
         self._ended = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | EngineError] = asyncio.Queue()
@@ -67,13 +74,26 @@ class Row(Stream):
         self._ended = True
         self._cancelled(self)
 
-    def take(self, token: int, eos: frozenset[int]) -> None:
-        """Add one generated token, on the worker thread."""
+    def take(self, token: int, eos: frozenset[int], logits: torch.Tensor | None = None) -> None:
+        """Add one generated token, on the worker thread.
+
+        Args:
+            token: Its id.
+            eos: The ids that end an answer.
+            logits: From which it came, of shape (vocabulary,); needed if the request asks for
+                log-probabilities.
+        """
         self._count += 1
         if token in eos:
             self.finish("stop")
             return
-        text, stopped = self._scanner.push(self._detokenizer.push(token))
+        if self._spelling is not None:
+            assert logits is not None and self.request.logprobs is not None
+            told = _logprob(token, logits, self.request.logprobs, self._spelling)
+            self._untold.append((self._known, told))
+        text = self._detokenizer.push(token)
+        self._known += len(text)
+        text, stopped = self._scanner.push(text)
         self._give(text)
         if stopped:
             self._end("stop")
@@ -83,7 +103,10 @@ class Row(Stream):
     def finish(self, reason: FinishReason) -> None:
         """End the answer, giving out what was held back."""
         text, stopped = self._scanner.push(self._detokenizer.flush())
-        self._give(text if stopped else text + self._scanner.flush())
+        if stopped:
+            self._give(text)
+        else:
+            self._give(text + self._scanner.flush(), last=True)
         self._end("stop" if stopped else reason)
 
     def fail(self, error: EngineError) -> None:
@@ -96,9 +119,13 @@ class Row(Stream):
         self.done = True
         self._post(Finished(reason, len(self.request.prompt_ids), self._count))
 
-    def _give(self, text: str) -> None:
-        if text:
-            self._post(TextDelta(text))
+    def _give(self, text: str, *, last: bool = False) -> None:
+        self._given += len(text)
+        tokens = []
+        while self._untold and (last or self._untold[0][0] < self._given):
+            tokens.append(self._untold.popleft()[1])
+        if text or tokens:
+            self._post(TextDelta(text, tuple(tokens)))
 
     def _post(self, event: Event | EngineError) -> None:
         try:
@@ -108,7 +135,7 @@ class Row(Stream):
 
 
 class OwnEngine(Engine):
-    """What an engine of this project knows of chats.
+    """What an engine of this project knows of chats and prompts.
 
     Args:
         tokenizer: The model's.
@@ -128,6 +155,21 @@ class OwnEngine(Engine):
         with self._encoding:
             ids: list[int] = self._tokenizer(text)["input_ids"]
             return ids
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """The text of a prompt that was given as token ids, special tokens included."""
+        with self._encoding:
+            return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _logprob(token: int, logits: torch.Tensor, likeliest: int, spelling: Spelling) -> TokenLogprob:
+    scores = torch.log_softmax(logits.float(), dim=-1)
+    top: tuple[TokenLogprob, ...] = ()
+    if likeliest:
+        best = scores.topk(min(likeliest, len(scores)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        top = tuple(TokenLogprob(id, spelling(id), value) for id, value in pairs)
+    return TokenLogprob(token, spelling(token), float(scores[token]), top)
 
 
 def draw(row: Row, logits: torch.Tensor) -> int:

@@ -247,7 +247,8 @@ class SlotsBase:
                 continue
             sampled = row.request.temperature > 0
             row.token = draw(row, logits[index]) if sampled else likeliest[index]
-            row.take(row.token, self._eos)
+            told = row.request.logprobs is not None
+            row.take(row.token, self._eos, logits[index] if told else None)
 
     def _sweep_out(self) -> None:
         """Free the slots of those who are done."""
@@ -277,6 +278,7 @@ class SlotEngine(OwnEngine):
         self._closed = False
         positions = int(getattr(shared.base.config.get_text_config(), "max_position_embeddings", 4096))
         self.context_length = positions - adapter.virtual_tokens
+        self.vocabulary = int(shared.base.config.get_text_config().vocab_size)
 
     def submit(self, request: GenerationRequest) -> Stream:
         """Take on a request; see `Engine.submit`."""

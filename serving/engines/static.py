@@ -39,11 +39,17 @@ class _TakeTokens(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, rows: Sequence[Row], eos: frozenset[int]) -> None:
         self._rows = rows
         self._eos = eos
+        #: Of the step, of shape (rows, vocabulary); kept only if somebody asks for log-probabilities.
+        self._logits: torch.Tensor | None = None
+
+    def keep(self, model: Any, args: Any, output: Any) -> None:
+        """A hook on the model: keep what it said itself, before `generate` processes it."""
+        self._logits = output.logits[:, -1]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+        for index, (row, token) in enumerate(zip(self._rows, input_ids[:, -1].tolist(), strict=True)):
             if not row.done:
-                row.take(token, self._eos)
+                row.take(token, self._eos, None if self._logits is None else self._logits[index])
         return torch.tensor([row.done for row in self._rows], device=input_ids.device)
 
 
@@ -90,6 +96,7 @@ class StaticEngine(OwnEngine):
         self._eos = frozenset([eos] if isinstance(eos, int) else eos or [])
         virtual = self._soft_prompt.virtual_tokens if self._soft_prompt else 0
         self.context_length = int(getattr(self._base.config, "max_position_embeddings", 4096)) - virtual
+        self.vocabulary = int(self._base.config.get_text_config().vocab_size)
         self._hook = self._base.get_output_embeddings().register_forward_pre_hook(make_contiguous)
         self._worker = threading.Thread(target=self._work, name="regraft-engine", daemon=True)
         self._worker.start()
@@ -162,12 +169,19 @@ class StaticEngine(OwnEngine):
         config.max_new_tokens = max(row.request.max_new_tokens for row in rows)
         prompts = [row.request.prompt_ids for row in rows]
         generate, inputs = padded_inputs(self._model, prompts, self._config.pad_token_id, self._soft_prompt)
-        generate(
-            **inputs,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_SampleRows(rows)]),
-            stopping_criteria=StoppingCriteriaList([_TakeTokens(rows, self._eos)]),
-        )
+        tokens = _TakeTokens(rows, self._eos)
+        told = any(row.request.logprobs is not None for row in rows)
+        kept = self._base.register_forward_hook(tokens.keep) if told else None
+        try:
+            generate(
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_SampleRows(rows)]),
+                stopping_criteria=StoppingCriteriaList([tokens]),
+            )
+        finally:
+            if kept is not None:
+                kept.remove()
         for row in rows:  # the model's own configuration may end a batch too, for instance by max_time
             if not row.done:
                 row.finish("length")

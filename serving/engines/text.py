@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Detokenizer:
@@ -47,6 +50,55 @@ class Detokenizer:
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
+
+
+class Spelling:
+    """The bytes of single tokens.
+
+    Decoding one token alone loses the parts of characters and, in SentencePiece vocabularies, the leading
+    space; so its entry in the vocabulary is read, which has three common forms: bytes written as printable
+    characters (GPT-2), `<0x0A>` for a byte, and `▁` for a space (both SentencePiece).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        decoder = None if backend is None else backend.decoder
+        steps = _steps({} if decoder is None else json.loads(decoder.__getstate__()))
+        self._bytes = _printable_bytes() if any(s.get("type") == "ByteLevel" for s in steps) else None
+
+    def __call__(self, token: int) -> bytes:
+        """The bytes of a token; none of an id that the tokenizer does not know."""
+        entry = self._tokenizer.convert_ids_to_tokens(token)
+        if entry is None:
+            return b""
+        if token in self._added:
+            return str(entry).encode()
+        if self._bytes is not None and all(character in self._bytes for character in entry):
+            return bytes(self._bytes[character] for character in entry)
+        byte = _BYTE.fullmatch(entry)
+        return (
+            bytes([int(byte[1], 16)])
+            if byte
+            else str(entry).replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+        )
+
+
+def _steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
+    """A decoder's steps, from how the tokenizers library writes it down."""
+    nested = [_steps(inner) for inner in decoder.get("decoders", ())]
+    return [decoder, *(step for steps in nested for step in steps)]
+
+
+def _printable_bytes() -> dict[str, int]:
+    """What byte each character of a byte-level vocabulary stands for; the table is GPT-2's.
+
+    Printable bytes of Latin-1 stand for themselves, the others for the characters from 256 on, in order.
+    """
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(rest)}
 
 
 class StopScanner:

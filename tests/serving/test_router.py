@@ -38,6 +38,7 @@ class FakeEngine(Engine):
     """Says its own version number, word by word."""
 
     context_length = 1000
+    vocabulary = 2
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -49,6 +50,9 @@ class FakeEngine(Engine):
 
     def encode_text(self, text: str) -> list[int]:
         return [1]
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        return "text"
 
     def submit(self, request: GenerationRequest) -> Stream:
         self.submitted += 1

@@ -19,6 +19,7 @@ from regraft.records.choice import (
 )
 from regraft.records.data import DatasetVersion, Example, Message, Role
 from regraft.records.evaluation import EvalReport, ExampleScore, Likelihood
+from regraft.records.feedback import Feedback
 from regraft.records.traffic import CapturedExchange, DriftReport, RetrainDecision, TestResult
 from regraft.records.trials import FIGURES, Cost, LossPoint, Speed, TrialResult, TrialStatus
 
@@ -33,6 +34,7 @@ __all__ = [
     "EvalReport",
     "Example",
     "ExampleScore",
+    "Feedback",
     "GateCheck",
     "Interval",
     "Leaderboard",

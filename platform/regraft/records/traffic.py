@@ -9,7 +9,13 @@ from regraft.records.data import Message
 
 
 class CapturedExchange(Record):
-    """One request and its answer, as the endpoint gave it. Times are UTC, ISO 8601 with microseconds."""
+    """One request and its answer, as the endpoint gave it. Times are UTC, ISO 8601 with microseconds.
+
+    Attributes:
+        key: Hash of the API key that asked; None if none was needed.
+        choice: Place among the choices of one request.
+        variant: In which role the version answered: champion, challenger, shadow or pinned.
+    """
 
     id: str
     created: str
@@ -26,6 +32,9 @@ class CapturedExchange(Record):
     session: str | None = None
     parameters: dict[str, Any] = {}
     error: str | None = None
+    key: str | None = None
+    choice: int = 0
+    variant: str = "champion"
 
     @property
     def prompt_text(self) -> str:
