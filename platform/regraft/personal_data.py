@@ -28,7 +28,10 @@ _CARD_GROUPS = re.compile(
     r"(?<!\d)(?=((?:\d{4}[ -]?){3}\d{4}(?!\d)|\d{4}[ -]?\d{6}[ -]?\d{4,5}(?!\d)|\d{13,19}(?!\d)))"
 )
 _SPACING = re.compile(r"[ ().-]")
-_DIGIT = re.compile(r"\d")
+#: Cards, SSNs, addresses and phone numbers lie whole in such runs, and most texts have few: to look there
+#: alone, and at the one letter behind, finds the same several times as fast.
+_RUN = re.compile(r"[\d .()+-]{7,}")
+_IBAN_START = re.compile(r"[A-Z]{2}\d{2}")
 
 
 class Found(NamedTuple):
@@ -40,52 +43,52 @@ class Found(NamedTuple):
     plain: str
 
 
-def find(text: str, kinds: Iterable[str] = KINDS) -> Iterator[Found]:
+def find(text: str, kinds: Iterable[str] = KINDS, *, joined: bool = False) -> Iterator[Found]:
     """Find personal data; pieces of different kinds may overlap.
 
     Args:
         text: Where to look.
         kinds: What to look for, of `KINDS`.
+        joined: Whether to find IBANs and card numbers too to which more digits are joined by a space.
+            `4111 1111 1111 1111 12/27` reads as one number of 18 digits, whose check digit is wrong. To
+            count personal data that is a number like any other; to hide it, better hide too much.
     """
-    digits = _DIGIT.search(text) is not None
+    windows = [(run.start(), run.end() + 1) for run in _RUN.finditer(text)]
+    whole = [(0, len(text))] if _IBAN_START.search(text) else []
     for kind in kinds:
         if kind == "email":
             yield from _emails(text)
-        elif digits:  # all others have some
-            for match in _PATTERNS[kind].finditer(text):
+            continue
+        for start, end in whole if kind == "iban" else windows:
+            for match in _PATTERNS[kind].finditer(text, start, end):
                 plain = match.group() if kind == "ip" else _SPACING.sub("", match.group())
                 if _checks(kind, plain):
                     yield Found(kind, match.start(), match.end(), plain.lower())
+                elif joined and kind == "iban":
+                    yield from _shorter(match)
+            if joined and kind == "card":
+                yield from _grouped(text, start, end)
 
 
-def find_all(text: str, kinds: Iterable[str] = KINDS) -> Iterator[Found]:
-    """What `find` finds, and IBANs and card numbers to which more digits or letters are joined by a space.
+def _grouped(text: str, start: int, end: int) -> Iterator[Found]:
+    for match in _CARD_GROUPS.finditer(text, start, end):
+        plain = _SPACING.sub("", match[1])
+        if _luhn(plain):
+            yield Found("card", match.start(1), match.end(1), plain)
 
-    `4111 1111 1111 1111 12/27` reads as one number of 18 digits, whose check digit is wrong. To count
-    personal data that is a number like any other; to hide it, it is better to hide too much.
-    """
-    kinds = tuple(kinds)
-    yield from find(text, kinds)
-    if _DIGIT.search(text) is None:
-        return
-    if "card" in kinds:
-        for match in _CARD_GROUPS.finditer(text):
-            plain = _SPACING.sub("", match[1])
-            if _luhn(plain):
-                yield Found("card", match.start(1), match.end(1), plain)
-    if "iban" in kinds:
-        for match in _PATTERNS["iban"].finditer(text):
-            whole = match.group()
-            while (cut := whole.rfind(" ")) > 0:
-                whole = whole[:cut]
-                plain = whole.replace(" ", "")
-                if len(plain) >= 15 and _mod97(plain):  # Norway's, the shortest, has 15
-                    yield Found("iban", match.start(), match.start() + cut, plain.lower())
-                    break
+
+def _shorter(match: re.Match[str]) -> Iterator[Found]:
+    text = match.group()
+    while (cut := text.rfind(" ")) > 0:
+        text = text[:cut]
+        plain = text.replace(" ", "")
+        if len(plain) >= 15 and _mod97(plain):  # Norway's, the shortest, has 15
+            yield Found("iban", match.start(), match.start() + cut, plain.lower())
+            return
 
 
 def _emails(text: str) -> Iterator[Found]:
-    """As `[\\w.+-]+@[\\w-]+(?:\\.[\\w-]+)+` finds them, which takes time in the square of a long word."""
+    r"""As `[\w.+-]+@[\w-]+(?:\.[\w-]+)+` finds them, which takes time in the square of a long word."""
     begin = 0
     for match in _PATTERNS["email"].finditer(text):
         start = match.start()
