@@ -2,65 +2,102 @@
 
 A spool of append-only JSONL files. Every writing process has files of its own, so writers need no lock
 between them, and a record is one `write` call: the kernel has it when the call returns, and killing the
-process afterwards loses nothing. (A power cut may: the files are not synced for every answer.)
+process afterwards loses nothing. (A power cut may: the files are not synced for every answer.) Finished
+files may be shipped to an archive; a reader sees both as one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import re
-import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 
+from regraft.data import capture_files
+from regraft.data.capture_archive import JSON, Archive, Wanted, begun, from_arrow, to_arrow
+from regraft.data.redaction import Redactor
 from regraft.errors import DataError
 from regraft.records import CapturedExchange
+from regraft.serve_sections import CaptureSection
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_FILE = re.compile(r"^(\d{4}-\d{2}-\d{2})-\d+-[0-9a-f]{8}\.jsonl$")
+#: Bytes after which a spool file is finished and another begun.
+MAX_BYTES = 64 * 2**20
 
 
 class CaptureStore:
-    """The captured exchanges in one folder.
+    """The captured exchanges of one model.
 
     Args:
         folder: Where the spool is; made at the first write.
+        archive: Where its finished files are shipped: a folder or a URL that fsspec takes; None if nowhere.
+        redactor: What takes personal data out before anything is written; None to write all as it is.
+        rate: Share of the traffic that is kept, by session where there is one.
+        max_bytes: Size that a spool file does not pass, unless a single exchange does.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        archive: str | None = None,
+        redactor: Redactor | None = None,
+        rate: float = 1.0,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
         self.folder = folder
+        self.archive = archive
+        self._redactor = redactor
+        self._rate = rate
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._file: int | None = None
+        self._size = 0
         self._owner: tuple[int, date] | None = None
 
-    def append(self, exchange: CapturedExchange) -> None:
+    @classmethod
+    def of(cls, folder: Path, section: CaptureSection) -> CaptureStore:
+        """The store that a configuration asks for."""
+        return cls(folder, archive=section.ship, redactor=Redactor.of(section), rate=section.rate)
+
+    def append(self, exchange: CapturedExchange) -> bool:
         """Write one exchange. When this returns, the record outlives the process.
+
+        Returns:
+            Whether it was written, and not left out by sampling.
 
         Raises:
             OSError: If it could not be written whole, for instance because the disk is full.
         """
+        if not sampled(exchange.session or exchange.id, self._rate):
+            return False
+        if self._redactor is not None:
+            exchange = self._redactor.apply(exchange)
         line = exchange.model_dump_json().encode() + b"\n"
         with self._lock:
-            file = self._current()
+            file = self._current(len(line))
             written = 0
             try:
                 written = os.write(file, line)
             finally:
+                self._size += written
                 if written != len(line):
                     # The file may end in a torn line now, which is tolerable only as its last.
                     self._release()
         if written != len(line):
             raise OSError(f"{self.folder}: only {written} of {len(line)} bytes of a capture were written")
+        return True
 
     def close(self) -> None:
-        """Close the file being written; a later append opens another."""
+        """Finish the file being written, so that it can be shipped; a later append begins another."""
         with self._lock:
             self._release()
 
@@ -72,7 +109,7 @@ class CaptureStore:
         model: str | None = None,
         version: int | None = None,
     ) -> list[CapturedExchange]:
-        """Read exchanges, oldest first, each id once.
+        """Read exchanges from spool and archive, oldest first, each id once.
 
         Args:
             start: Leave out exchanges begun before this.
@@ -83,22 +120,16 @@ class CaptureStore:
         Raises:
             DataError: If a line is not an exchange. The last line of a file may be cut short: its writer
                 was killed in the middle of it, or is writing it now, and never acknowledged it.
+            ServiceError: If the archive cannot be read.
         """
-        start, end = _aware(start), _aware(end)
-        found: dict[str, tuple[datetime, CapturedExchange]] = {}
-        for file in self._files(start):
-            for exchange in _lines(file):
-                when = _aware(datetime.fromisoformat(exchange.created))
-                assert when is not None
-                if (start and when < start) or (end and when >= end):
-                    continue
-                if model is not None and exchange.model != model:
-                    continue
-                if version is not None and exchange.model_version != version:
-                    continue
-                found.setdefault(exchange.id, (when, exchange))
-        ordered = sorted(found.values(), key=lambda pair: (pair[0], pair[1].id))
-        return [exchange for _, exchange in ordered]
+        wanted = Wanted(_aware(start), _aware(end), model, version)
+        # The spool first: what is shipped in between is found twice, and not missed.
+        found = {exchange.id: exchange for exchange in reversed(list(self._spooled(wanted)))}
+        if self.archive is not None:
+            table = Archive(self.archive).table(wanted, list(CapturedExchange.model_fields))
+            for exchange in from_arrow(table):
+                found.setdefault(exchange.id, exchange)
+        return sorted(found.values(), key=lambda exchange: (begun(exchange), exchange.id))
 
     def table(
         self,
@@ -107,28 +138,47 @@ class CaptureStore:
         end: datetime | None = None,
         model: str | None = None,
         version: int | None = None,
+        columns: Sequence[str] | None = None,
     ) -> pd.DataFrame:
-        """The same exchanges as a table: a row each, a column a field, and `prompt_text` beside them."""
-        import pandas as pd
+        """The same exchanges as a table: a row each, a column a field, and `prompt_text` beside them.
 
-        rows = [
-            {**exchange.model_dump(mode="json"), "prompt_text": exchange.prompt_text}
-            for exchange in self.read(start=start, end=end, model=model, version=version)
-        ]
-        table = pd.DataFrame(rows, columns=[*CapturedExchange.model_fields, "prompt_text"])
-        table["created"] = pd.to_datetime(table["created"], utc=True, format="ISO8601")
-        return table
+        Args:
+            start: Leave out exchanges begun before this.
+            end: Leave out exchanges begun at this time or later.
+            model: Only this registered name.
+            version: Only this version.
+            columns: Only these; the fewer, the quicker.
 
-    def _current(self) -> int:
+        Raises:
+            DataError: If a line of the spool is not an exchange.
+            ServiceError: If the archive cannot be read.
+        """
+        import pyarrow as pa
+
+        wanted = Wanted(_aware(start), _aware(end), model, version)
+        columns = [*CapturedExchange.model_fields, "prompt_text"] if columns is None else list(columns)
+        needed = [*{"id", "created", *columns, *(["messages"] if "prompt_text" in columns else [])}]
+        needed = [name for name in needed if name != "prompt_text"]
+        found = to_arrow(self._spooled(wanted)).select(needed)
+        if self.archive is not None:
+            found = pa.concat_tables([found, Archive(self.archive).table(wanted, needed)])
+        table: pd.DataFrame = found.to_pandas()
+        table = table.drop_duplicates("id").sort_values(["created", "id"], ignore_index=True)
+        for name in JSON:
+            if name in table:
+                table[name] = [from_json(value, cache_strings="keys") for value in table[name]]
+        if "prompt_text" in columns:
+            table["prompt_text"] = [_prompt_text(messages) for messages in table["messages"]]
+        return table[columns]
+
+    def _current(self, more: int) -> int:
         # A forked child inherits the descriptor: it must not write into its parent's file.
         owner = (os.getpid(), datetime.now(UTC).date())
-        if self._file is None or self._owner != owner:
+        full = self._size > 0 and self._size + more > self._max_bytes
+        if self._file is None or self._owner != owner or full:
             self._release()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            name = f"{owner[1].isoformat()}-{owner[0]}-{secrets.token_hex(4)}.jsonl"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-            self._file = os.open(self.folder / name, flags, 0o600)
-            self._owner = owner
+            self._file = capture_files.create(self.folder, owner[1])
+            self._owner, self._size = owner, 0
         return self._file
 
     def _release(self) -> None:
@@ -136,24 +186,48 @@ class CaptureStore:
             os.close(self._file)
             self._file = None
 
-    def _files(self, start: datetime | None) -> Iterator[Path]:
-        for file in sorted(self.folder.glob("*.jsonl")):
-            named = _FILE.match(file.name)
-            # A file holds what was *finished* on its day, so it may reach back but never forward.
-            if named and start and date.fromisoformat(named[1]) < start.astimezone(UTC).date():
+    def _spooled(self, wanted: Wanted) -> Iterator[CapturedExchange]:
+        first = wanted.start.astimezone(UTC).date() if wanted.start else None
+        for file in capture_files.spool_files(self.folder, first):
+            try:
+                stream = file.open("rb")
+            except FileNotFoundError:  # shipped after it was listed
                 continue
-            yield file
+            with stream:
+                for exchange in exchanges(file, stream):
+                    if exchange is not None and wanted.takes(exchange, begun(exchange)):
+                        yield exchange
 
 
-def _lines(file: Path) -> Iterator[CapturedExchange]:
-    lines = file.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
+def sampled(key: str, rate: float) -> bool:
+    """Whether traffic of a key, such as a session, belongs to a share of all; always the same answer.
+
+    Args:
+        key: What stays together.
+        rate: The share, from 0 to 1. What belongs to a share belongs to every larger one.
+    """
+    if rate >= 1:
+        return True
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < rate * 2**64
+
+
+def exchanges(file: Path, stream: BinaryIO) -> Iterator[CapturedExchange | None]:
+    """The exchanges of a spool file, and None for a last line that is cut short.
+
+    Args:
+        file: Its path, for messages.
+        stream: The file, open for reading.
+
+    Raises:
+        DataError: If a line is not an exchange.
+    """
+    for number, line, last in capture_files.lines(stream):
         try:
             yield CapturedExchange.model_validate_json(line)
         except ValidationError as error:
-            if number == len(lines):  # nothing after it, not even its own newline
+            if last:
+                yield None
                 return
             problem = error.errors()[0]
             where = ".".join(str(part) for part in problem["loc"])
@@ -161,6 +235,10 @@ def _lines(file: Path) -> Iterator[CapturedExchange]:
                 f"{file}:{number}: not a captured exchange: {where}{': ' if where else ''}{problem['msg']}",
                 "move the file out of the capture folder, or repair that line",
             ) from error
+
+
+def _prompt_text(messages: Sequence[dict[str, str]]) -> str:
+    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
 
 
 def _aware(when: datetime | None) -> datetime | None:
