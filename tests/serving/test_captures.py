@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from regraft.data.captures import CaptureStore
+from regraft.data import captures
+from regraft.data.capture_shipping import ship
+from regraft.data.captures import CaptureStore, sampled
+from regraft.data.redaction import Redactor
 from regraft.errors import DataError
 from regraft.records import CapturedExchange, Message
 
@@ -122,3 +126,80 @@ def test_a_forked_child_writes_a_file_of_its_own(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "getpid", lambda: 999_999)
     store.append(exchange(2))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_nothing_acknowledged_is_lost_at_random_moments_of_death_and_when_shipped(tmp_path: Path) -> None:
+    program = WRITER.replace(
+        "CaptureStore(Path(sys.argv[1]))", "CaptureStore(Path(sys.argv[1]), max_bytes=400_000)"
+    )
+    draw, acknowledged = random.Random(), set()
+    archive = str(tmp_path / "archive")
+    store = CaptureStore(tmp_path / "spool", archive=archive)
+    for life in ("a", "b", "c"):
+        command = [sys.executable, "-c", program, str(tmp_path / "spool"), life]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, pipesize=4096)  # it waits for its reader
+        assert writer.stdout is not None
+        output = b""
+        for _ in range(draw.randint(1, 200)):
+            output += writer.stdout.readline()
+        ship(store, archive)  # what is finished, beside the writer
+        writer.send_signal(signal.SIGKILL)
+        output += writer.stdout.read()
+        writer.wait()
+        acknowledged |= {f"{life}-{int(n)}" for n in output[: output.rfind(b"\n") + 1].split()}
+        assert acknowledged <= {e.id for e in store.read()}
+    ship(store, archive)
+    assert acknowledged <= {e.id for e in store.read()}
+    assert list((tmp_path / "spool").glob("*.jsonl")) == []
+
+
+def test_a_file_ends_with_its_size_and_with_its_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(exchange(1).model_dump_json().encode()) + 1
+    store = CaptureStore(tmp_path, max_bytes=2 * size)
+    for number in range(1, 6):
+        store.append(exchange(number))
+    assert sorted(f.stat().st_size for f in tmp_path.iterdir()) == [size, 2 * size, 2 * size]
+    tiny = CaptureStore(tmp_path / "tiny", max_bytes=1)
+    tiny.append(exchange(1))
+    tiny.append(exchange(2))
+    assert len(list((tmp_path / "tiny").iterdir())) == 2, "one that is larger has a file of its own"
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+            return datetime.now(UTC) + timedelta(days=1)
+
+    store = CaptureStore(tmp_path / "days")
+    store.append(exchange(1))
+    monkeypatch.setattr(captures, "datetime", Tomorrow)
+    store.append(exchange(2))
+    store.append(exchange(3))
+    names = sorted(f.name[:10] for f in (tmp_path / "days").iterdir())
+    assert len(names) == 2
+    assert names[0] < names[1]
+
+
+def test_sessions_are_kept_whole_or_not_at_all(tmp_path: Path) -> None:
+    store = CaptureStore(tmp_path, rate=0.3)
+    kept: dict[str, set[bool]] = {}
+    for number in range(600):
+        session = f"s-{number % 200}"
+        written = store.append(exchange(number).model_copy(update={"session": session}))
+        kept.setdefault(session, set()).add(written)
+    assert all(len(answers) == 1 for answers in kept.values())
+    assert sum(True in answers for answers in kept.values()) == pytest.approx(60, abs=30)
+    assert len(store.read()) == 3 * sum(True in answers for answers in kept.values())
+    assert sum(sampled(f"id-{n}", 0.3) for n in range(5000)) == pytest.approx(1500, abs=150)
+    assert all(sampled(f"id-{n}", 0.6) for n in range(500) if sampled(f"id-{n}", 0.3))
+    assert not CaptureStore(tmp_path / "none", rate=0).append(exchange(1))
+    assert not (tmp_path / "none").exists()
+
+
+def test_personal_data_never_reaches_the_disk(tmp_path: Path) -> None:
+    store = CaptureStore(tmp_path, redactor=Redactor())
+    store.append(
+        exchange(1).model_copy(update={"output": "Write to jo@example.org", "session": "jo@example.org"})
+    )
+    (file,) = tmp_path.iterdir()
+    assert b"example.org" not in file.read_bytes()
+    assert store.read()[0].output == "Write to <EMAIL>"
