@@ -224,6 +224,41 @@ def monitor_run(path: ExperimentPath = EXAMPLE) -> None:
     run(path)
 
 
+captures_app = typer.Typer(no_args_is_help=True, help="What the endpoint answered: its captured exchanges.")
+app.add_typer(captures_app, name="captures")
+
+
+@captures_app.command("ship")
+def captures_ship(path: ExperimentPath = EXAMPLE) -> None:
+    """Write the finished files of the capture spool as Parquet to `serve.capture.ship`, and delete them.
+
+    The endpoint does so by itself every `serve.capture.ship_every_seconds`; this is for what an endpoint
+    left behind that no longer runs. Cut short, it goes on where it was when run again.
+    """
+    from jobs.captures import ship
+    from regraft.config import Experiment
+
+    ship(Experiment.load(path))
+
+
+@captures_app.command("prune")
+def captures_prune(path: ExperimentPath = EXAMPLE) -> None:
+    """Delete the exchanges, in spool and archive, that are older than `serve.capture.keep_days`."""
+    from jobs.captures import prune
+    from regraft.config import Experiment
+
+    prune(Experiment.load(path))
+
+
+@captures_app.command("stats")
+def captures_stats(path: ExperimentPath = EXAMPLE) -> None:
+    """Count the captured exchanges by version, and say where they lie."""
+    from jobs.captures import stats
+    from regraft.config import Experiment
+
+    stats(Experiment.load(path))
+
+
 def _version(show: bool) -> None:
     if show:
         from regraft import __version__

@@ -12,11 +12,12 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
+from regraft.config import Experiment
 from regraft.data import capture_archive
 from regraft.data.capture_archive import Archive
 from regraft.data.capture_shipping import Shipper, prune, ship
 from regraft.data.captures import CaptureStore
-from regraft.errors import ConfigError, ServiceError
+from regraft.errors import ConfigError, DataError, ServiceError
 from regraft.records import CapturedExchange, Message
 from regraft.serve_sections import CaptureSection
 
@@ -269,3 +270,35 @@ def test_the_archive_of_the_yaml_lies_beside_it(tmp_path: Path) -> None:
     assert CaptureSection.model_validate({"ship": "kept"}, context=context).ship == str(tmp_path / "kept")
     assert CaptureSection.model_validate({"ship": "s3://b/c"}, context=context).ship == "s3://b/c"
     assert CaptureSection.model_validate({"ship": "/x"}, context=context).ship == "/x"
+
+
+def test_the_commands_ship_count_and_prune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jobs import captures as commands
+
+    monkeypatch.setenv("REGRAFT_WORKSPACE", str(tmp_path))
+    plain = Experiment.load(Path(__file__).parents[2] / "examples" / "utility-support")
+    section = CaptureSection(ship=str(tmp_path / "archive"), keep_days=7)
+    experiment = plain.model_copy(update={"serve": plain.serve.model_copy(update={"capture": section})})
+    filled(tmp_path / "captures" / experiment.name, 5)
+    live = CaptureStore(tmp_path / "captures" / experiment.name)
+    live.append(exchange(7))
+    commands.ship(experiment)
+    out = capsys.readouterr().out
+    assert "5 exchanges of utility-support in 1 files shipped" in out
+    assert "1 files left: they are being written" in out
+    commands.stats(experiment)
+    out = capsys.readouterr().out
+    assert "spool    1 files, 1 being written" in out
+    assert "archive  1 files" in out
+    assert "6 exchanges of utility-support" in out
+    assert tuple(word for word in out.split() if word.startswith("support/")) == ("support/1", "support/2")
+    commands.prune(experiment)
+    assert "0 files of utility-support deleted" in capsys.readouterr().out
+    (tmp_path / "captures" / experiment.name / "2026-03-04-1-0123456789abcdef.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(DataError, match="not a captured exchange"):
+        commands.ship(experiment)
+    for command, field in ((commands.ship, "ship"), (commands.prune, "keep_days")):
+        with pytest.raises(ConfigError, match=rf"serve\.capture\.{field}: is not set"):
+            command(plain)
