@@ -5,27 +5,24 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
-from regraft.records import Message
-from serving.engines.base import EngineClosedError, EngineError, GenerationRequest, QueueFullError
-from serving.exchange import Asked, CaptureLog, Exchange
-from serving.openai_api import (
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Reply,
-    model_card,
-    parse_request,
-    sse,
-)
+from regraft.data.feedback import FeedbackStore
+from regraft.records import Feedback
+from serving import openapi
+from serving.answer import Answer, EventStream, engine_error
+from serving.engines.base import EngineError, GenerationRequest, QueueFullError
+from serving.exchange import Asked, CaptureLog, Exchange, Observer
+from serving.openai_api import ApiError, ChatRequest, CompletionRequest, FeedbackRequest, parse_request
+from serving.prompts import read_prompts
+from serving.replies import model_card
 from serving.router import (
     CHAMPION,
     Loaded,
@@ -36,7 +33,6 @@ from serving.router import (
 )
 
 MAX_BODY = 1 << 20
-VERSION_HEADER = "x-regraft-version"
 T = TypeVar("T")
 
 
@@ -44,90 +40,48 @@ class _ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-class _EventStream(StreamingResponse):
-    """A stream of server-sent events that cleans up even if it is never started."""
-
-    def __init__(
-        self, content: AsyncIterator[bytes], done: Callable[[], None], headers: dict[str, str]
-    ) -> None:
-        super().__init__(
-            content, media_type="text/event-stream", headers={"Cache-Control": "no-cache", **headers}
-        )
-        self._done = done
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._done()
-
-
-class _Answer:
-    """Everything one HTTP request holds: its version, and an exchange for each prompt."""
-
-    def __init__(self, table: VersionTable, loaded: Loaded, *, chat: bool) -> None:
-        self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(16)
-        self.exchanges: list[Exchange] = []
-        self.version = loaded.version
-        self._table = table
-        self._loaded: Loaded | None = loaded
-        self._reply = Reply(self.id, int(time.time()), loaded.version.served_id, chat=chat)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {VERSION_HEADER: self.version.served_id, "x-request-id": self.id}
-
-    def close(self) -> None:
-        """End what has not ended and give the version back; only the first call does anything."""
-        if self._loaded is not None:
-            loaded, self._loaded = self._loaded, None
-            for exchange in self.exchanges:
-                exchange.close()
-            self._table.release(loaded)
-
-    async def whole(self) -> Response:
-        for exchange in self.exchanges:
-            async for _ in exchange:
-                pass
-        answers = [(e.text, str(e.finish_reason)) for e in self.exchanges]
-        return JSONResponse(self._reply.whole(answers, *self._tokens()), headers=self.headers)
-
-    async def streamed(self, usage: bool) -> AsyncIterator[bytes]:
-        try:
-            for index, exchange in enumerate(self.exchanges):
-                opening = self._reply.opening(index)
-                if opening:
-                    yield sse(opening)
-                async for delta in exchange:
-                    yield sse(self._reply.delta(index, delta.text))
-                yield sse(self._reply.delta(index, "", exchange.finish_reason))
-        except EngineError as error:  # too late for a status: the stream says it
-            yield sse(_engine_error(error).body)
-            return
-        if usage:
-            yield sse(self._reply.usage(*self._tokens()))
-        yield sse("[DONE]")
-
-    def _tokens(self) -> tuple[int, int]:
-        return sum(e.prompt_tokens for e in self.exchanges), sum(e.completion_tokens for e in self.exchanges)
-
-
 class _Endpoint:
-    def __init__(self, table: VersionTable, log: CaptureLog, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        table: VersionTable,
+        log: CaptureLog,
+        max_new_tokens: int,
+        observer: Observer | None,
+        feedback: FeedbackStore | None,
+    ) -> None:
         self._table = table
         self._log = log
         self._max_new_tokens = max_new_tokens
+        self._observer = observer
+        self._feedback = feedback
         self._started = int(time.time())
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
-        body = parse_request(ChatRequest, await _read(request))
-        return await self._answer(request, body, [[m.message for m in body.messages]])
+        return await self._answer(request, parse_request(ChatRequest, await _read_json(request)))
 
     async def completions(self, request: Request) -> Response:
         """Continue one prompt or several."""
-        body = parse_request(CompletionRequest, await _read(request))
-        return await self._answer(request, body, [[Message(role="user", content=p)] for p in body.prompts])
+        return await self._answer(request, parse_request(CompletionRequest, await _read_json(request)))
+
+    async def feedback(self, request: Request) -> Response:
+        """Keep what a client thinks of an answer."""
+        assert self._feedback is not None
+        body = parse_request(FeedbackRequest, await _read_json(request))
+        record = Feedback(
+            id=f"feedback-{secrets.token_hex(16)}",
+            created=datetime.now(UTC).isoformat(timespec="microseconds"),
+            answer_id=body.id,
+            key=_key(request),
+            **body.model_dump(exclude={"id"}),
+        )
+        try:
+            self._feedback.append(record)
+        except OSError as error:
+            message = f"the feedback could not be stored: {error.strerror or 'the disk may be full'}"
+            raise ApiError(503, message, code="feedback_unavailable", retry_after=1) from error
+        stored = {"id": record.id, "object": "feedback", "created": record.created, "answer_id": body.id}
+        return JSONResponse(stored, status_code=201)
 
     async def models(self) -> dict[str, Any]:
         """List what can be asked for now."""
@@ -135,8 +89,9 @@ class _Endpoint:
         names += [version.served_id for version in self._table.versions]
         return {"object": "list", "data": [model_card(name, self._started) for name in names]}
 
-    async def model(self, model_id: str) -> dict[str, Any]:
+    async def model(self, request: Request) -> dict[str, Any]:
         """Tell whether a model can be asked for."""
+        model_id = request.path_params["model_id"]
         await _api_errors(self._table.find(model_id))
         return model_card(model_id, self._started)
 
@@ -155,23 +110,19 @@ class _Endpoint:
         }
         return JSONResponse(state, status_code=200 if up else 503)
 
-    async def _answer(
-        self, request: Request, body: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[Message]]
-    ) -> Response:
+    async def _answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
         loaded = await _api_errors(self._table.acquire(body.model))
-        answer = _Answer(self._table, loaded, chat=isinstance(body, ChatRequest))
+        answer = Answer(self._table, loaded, body)
         streaming = False
         try:
-            await self._submit(answer, loaded, body, prompts)
+            await self._submit(answer, loaded, body, _key(request))
             if not body.stream:
                 return await _while_connected(request, answer.whole())
-            # Until the first text is there, a failure can still be told by the status.
-            await _while_connected(request, answer.exchanges[0].ready())
+            await _while_connected(request, answer.ready())
             streaming = True
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            return _EventStream(answer.streamed(usage), answer.close, answer.headers)
+            return EventStream(answer.streamed(), answer.close, answer.headers)
         except EngineError as error:
-            raise _engine_error(error) from error
+            raise engine_error(error) from error
         except _ClientGoneError:
             return Response(status_code=499)
         finally:
@@ -179,77 +130,71 @@ class _Endpoint:
                 answer.close()
 
     async def _submit(
-        self,
-        answer: _Answer,
-        loaded: Loaded,
-        body: ChatRequest | CompletionRequest,
-        prompts: Sequence[Sequence[Message]],
+        self, answer: Answer, loaded: Loaded, body: ChatRequest | CompletionRequest, key: str | None
     ) -> None:
-        requests = [await self._request(loaded, body, messages) for messages in prompts]
+        wanted = self._wanted(body)
+        prompts = await read_prompts(loaded.engine, body)
+        several = len(prompts) * body.choices > 1
         try:
-            for index, (messages, request) in enumerate(zip(prompts, requests, strict=True)):
+            for index in range(len(prompts) * body.choices):
+                prompt, choice = prompts[index // body.choices], index % body.choices
                 asked = Asked(
-                    id=answer.id if len(prompts) == 1 else f"{answer.id}-{index}",
+                    id=f"{answer.id}-{index}" if several else answer.id,
                     version=loaded.version,
-                    messages=messages,
+                    messages=prompt.messages,
                     parameters=body.parameters,
                     session=body.user,
                     stream=body.stream,
+                    key=key,
+                    choice=index,
                 )
-                answer.exchanges.append(Exchange(asked, request, loaded.engine, self._log))
+                request = GenerationRequest(
+                    prompt_ids=prompt.ids,
+                    max_new_tokens=min(wanted, loaded.engine.context_length - len(prompt.ids)),
+                    temperature=body.temperature or 0.0,
+                    top_p=1.0 if body.top_p is None else body.top_p,
+                    seed=body.seed_of(choice),
+                    stop=body.stops,
+                    logprobs=body.likeliest,
+                )
+                exchange = Exchange(asked, request, loaded.engine, self._log, self._observer)
+                answer.exchanges.append(exchange)
         except QueueFullError as error:
             for exchange in answer.exchanges:
                 exchange.withdraw()
             raise ApiError(429, str(error), code="queue_full", retry_after=error.retry_after) from error
 
-    async def _request(
-        self, loaded: Loaded, body: ChatRequest | CompletionRequest, messages: Sequence[Message]
-    ) -> GenerationRequest:
+    def _wanted(self, body: ChatRequest | CompletionRequest) -> int:
+        """How long an answer may be, in tokens."""
         if body.limit is None:
-            wanted = min(body.default_max_tokens or self._max_new_tokens, self._max_new_tokens)
-        else:
-            field, wanted = body.limit
-            if wanted > self._max_new_tokens:
-                raise ApiError(
-                    400,
-                    f"{field} is {wanted}; this endpoint answers with at most {self._max_new_tokens} tokens",
-                    code="invalid_value",
-                    param=field,
-                )
-        field = "messages" if isinstance(body, ChatRequest) else "prompt"
-        try:
-            if isinstance(body, ChatRequest):
-                ids = await asyncio.to_thread(loaded.engine.encode_chat, messages)
-            else:
-                ids = await asyncio.to_thread(loaded.engine.encode_text, messages[0].content)
-        except Exception as error:  # chat templates refuse what they do not like in ways of their own
-            raise ApiError(400, f"{field}: {error}", code="invalid_value", param=field) from error
-        room = loaded.engine.context_length - len(ids)
-        if not ids or room < 1:
+            return min(body.default_max_tokens or self._max_new_tokens, self._max_new_tokens)
+        field, wanted = body.limit
+        if wanted > self._max_new_tokens:
             raise ApiError(
                 400,
-                f"{field}: {len(ids)} tokens, but the model's context holds {loaded.engine.context_length}, "
-                "answer included",
-                code="context_length_exceeded",
+                f"{field} is {wanted}; this endpoint answers with at most {self._max_new_tokens} tokens",
+                code="invalid_value",
                 param=field,
             )
-        return GenerationRequest(
-            prompt_ids=tuple(ids),
-            max_new_tokens=min(wanted, room),
-            temperature=body.temperature or 0.0,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            seed=body.seed,
-            stop=body.stops,
-        )
+        return wanted
 
 
-def create_app(table: VersionTable, log: CaptureLog, *, max_new_tokens: int) -> FastAPI:
+def create_app(
+    table: VersionTable,
+    log: CaptureLog,
+    *,
+    max_new_tokens: int,
+    observer: Observer | None = None,
+    feedback: FeedbackStore | None = None,
+) -> FastAPI:
     """Make the application. Its lifespan starts and stops the table.
 
     Args:
         table: The versions that answer.
         log: Where exchanges are captured.
         max_new_tokens: Upper bound on what one request may ask for.
+        observer: Is told of each exchange as it goes.
+        feedback: Where feedback is kept; without it there is no `/v1/feedback`.
     """
 
     @asynccontextmanager
@@ -260,21 +205,64 @@ def create_app(table: VersionTable, log: CaptureLog, *, max_new_tokens: int) -> 
         finally:
             await table.stop()
             log.close()
+            if feedback:
+                feedback.close()
 
     app = FastAPI(title="Regraft endpoint", lifespan=lifespan)
-    endpoint = _Endpoint(table, log, max_new_tokens)
-    for path, post, body in (
-        ("/v1/chat/completions", endpoint.chat, ChatRequest),
-        ("/v1/completions", endpoint.completions, CompletionRequest),
-    ):
-        # Bodies are read by hand, for the size limit and the shape of errors; the document shows them still.
-        schema = {
-            "requestBody": {"content": {"application/json": {"schema": _inline(body.model_json_schema())}}}
-        }
-        app.add_api_route(path, post, methods=["POST"], response_model=None, openapi_extra=schema)
-    app.add_api_route("/v1/models", endpoint.models, methods=["GET"])
-    app.add_api_route("/v1/models/{model_id:path}", endpoint.model, methods=["GET"])
-    app.add_api_route("/health", endpoint.health, methods=["GET"], response_model=None)
+    endpoint = _Endpoint(table, log, max_new_tokens, observer, feedback)
+    # Bodies are read by hand, for the size limit and the shape of errors; the document shows them still.
+    app.add_api_route(
+        "/v1/chat/completions",
+        endpoint.chat,
+        methods=["POST"],
+        response_model=None,
+        responses=openapi.streamed(openapi.ChatCompletion, openapi.ChatCompletionChunk),
+        openapi_extra=openapi.request_body(ChatRequest),
+    )
+    app.add_api_route(
+        "/v1/completions",
+        endpoint.completions,
+        methods=["POST"],
+        response_model=None,
+        responses=openapi.streamed(openapi.Completion, openapi.Completion),
+        openapi_extra=openapi.request_body(CompletionRequest),
+    )
+    if feedback:
+        app.add_api_route(
+            "/v1/feedback",
+            endpoint.feedback,
+            methods=["POST"],
+            status_code=201,
+            response_model=None,
+            responses=openapi.responses(
+                openapi.StoredFeedback, status=201, problems=(400, 401, 403, 413, 415, 429, 500, 503)
+            ),
+            openapi_extra=openapi.request_body(FeedbackRequest),
+        )
+    app.add_api_route(
+        "/v1/models",
+        endpoint.models,
+        methods=["GET"],
+        response_model=None,
+        responses=openapi.responses(openapi.ModelList, problems=(401, 403, 429, 500)),
+    )
+    app.add_api_route(
+        "/v1/models/{model_id:path}",
+        endpoint.model,
+        methods=["GET"],
+        response_model=None,
+        responses=openapi.responses(openapi.Model, problems=(401, 403, 404, 429, 500, 503)),
+        openapi_extra=openapi.path_parameter("model_id", "As in `model` of a request."),
+    )
+    unwell: dict[int | str, Any] = {503: {"model": openapi.Health, "description": "No model can answer now."}}
+    app.add_api_route(
+        "/health",
+        endpoint.health,
+        methods=["GET"],
+        response_model=None,
+        responses={**openapi.responses(openapi.Health, problems=(500,)), **unwell},
+    )
+    openapi.describe(app)
 
     @app.exception_handler(ApiError)
     async def _api_error(_: Request, error: ApiError) -> JSONResponse:
@@ -293,7 +281,23 @@ def create_app(table: VersionTable, log: CaptureLog, *, max_new_tokens: int) -> 
     return app
 
 
-async def _read(request: Request) -> bytes:
+def _key(request: Request) -> str | None:
+    """The hash of the API key, which the middleware that checks keys leaves in the scope."""
+    caller = request.scope.get("regraft.caller")
+    return None if caller is None else caller.key
+
+
+async def _read_json(request: Request) -> bytes:
+    """The body of a request.
+
+    Raises:
+        ApiError: 415 if it is declared as something else than JSON, 413 if it is too large.
+    """
+    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if declared and not declared.endswith(("/json", "+json")):
+        raise ApiError(
+            415, f"the body is {declared[:64]}; send application/json", code="unsupported_media_type"
+        )
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -330,24 +334,3 @@ async def _api_errors(work: Awaitable[T]) -> T:
         raise ApiError(429, str(error), code="versions_busy", retry_after=1) from error
     except UnavailableError as error:
         raise ApiError(503, str(error), code="model_unavailable", retry_after=1) from error
-
-
-def _engine_error(error: EngineError) -> ApiError:
-    if isinstance(error, EngineClosedError):
-        return ApiError(503, str(error), code="model_unavailable", retry_after=1)
-    return ApiError(500, str(error), code="engine_error")
-
-
-def _inline(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema without references, which would point nowhere inside an OpenAPI document."""
-    definitions = schema.pop("$defs", {})
-
-    def resolve(node: Any) -> Any:
-        if isinstance(node, dict):
-            if "$ref" in node:
-                return resolve(definitions[node["$ref"].rsplit("/", 1)[-1]])
-            return {key: resolve(value) for key, value in node.items()}
-        return [resolve(item) for item in node] if isinstance(node, list) else node
-
-    resolved: dict[str, Any] = resolve(schema)
-    return resolved

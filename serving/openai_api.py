@@ -1,4 +1,4 @@
-"""The shapes of the OpenAI API: what may be asked, how it is answered, how an error looks.
+"""The shapes of the OpenAI API: what may be asked, and how an error looks.
 
 Nothing here knows models or HTTP routes. Two defaults are not OpenAI's: the temperature is 0, because that
 is how the served version was evaluated, and a chat may be as long as the endpoint allows.
@@ -6,19 +6,25 @@ is how the served version was evaluated, and a chat may be as long as the endpoi
 
 from __future__ import annotations
 
-import json
-from typing import Any, ClassVar, Literal, TypeVar
+import re
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from regraft.records import Message
 
 #: Fields we do not support, with the values that change nothing and are therefore accepted.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "echo": (False,),
     "suffix": ("",),
     "presence_penalty": (0,),
@@ -71,10 +77,18 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+#: More choices than this may not be asked for at once, prompts times `n`.
+MAX_CHOICES = 32
+_UNION_MEMBER = re.compile(r"(constrained-)?str|list\[.*\]")
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_TokenId = Annotated[int, Field(ge=0)]
+
+
 class _Request(BaseModel):
     """What both operations take."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    # Strict, as OpenAI is: "5" is no number and 1 no truth value.
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     default_max_tokens: ClassVar[int | None] = None
 
@@ -82,21 +96,16 @@ class _Request(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, description="0 (greedy) if not given.")
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    n: int | None = Field(None, ge=1, le=8, description="How many answers to a prompt; 1 if not given.")
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="Of the first answer; the next one has the next number."
+    )
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4, fail_fast=True)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(
         None, max_length=256, description="Kept as the session of the captured exchange."
     )
-
-    @field_validator("stop")
-    @classmethod
-    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        stops = [value] if isinstance(value, str) else value or []
-        if len(stops) > 4 or any(not 0 < len(s) <= 256 for s in stops):
-            raise ValueError("at most 4 stop strings of 1 to 256 characters")
-        return value
 
     @field_validator("stream", mode="before")
     @classmethod
@@ -111,6 +120,20 @@ class _Request(BaseModel):
         return self
 
     @property
+    def choices(self) -> int:
+        """How many answers each prompt gets."""
+        return self.n or 1
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens to tell; None if no log-probabilities are asked for."""
+        raise NotImplementedError
+
+    def seed_of(self, choice: int) -> int | None:
+        """The seed of one of a prompt's answers: they differ, and each can be repeated."""
+        return None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -123,7 +146,7 @@ class _Request(BaseModel):
     @property
     def parameters(self) -> dict[str, Any]:
         """The sampling parameters that were given, for the capture."""
-        names = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop")
+        names = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "seed", "stop")
         return {n: v for n in names if (v := getattr(self, n, None)) is not None}
 
 
@@ -135,6 +158,14 @@ class UnsupportedError(Exception):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
+        self.name = name
+
+
+class FieldError(Exception):
+    """A field whose value does not go with another's; passes pydantic as it is, too."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(problem)
         self.name = name
 
 
@@ -151,7 +182,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -173,8 +204,22 @@ class ChatMessage(BaseModel):
 class ChatRequest(_Request):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="Needs `logprobs`.")
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs", True):
+            raise ValueError("only together with logprobs: true")
+        return value
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens to tell; None if no log-probabilities are asked for."""
+        return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def limit(self) -> tuple[str, int] | None:
@@ -188,23 +233,64 @@ class CompletionRequest(_Request):
 
     default_max_tokens: ClassVar[int | None] = 16
 
-    prompt: str | list[str]
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[_TokenId], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[_TokenId], Field(fail_fast=True)]], Field(fail_fast=True)]
+    ) = Field(description="A text, token ids, or several of one kind, each of which is answered on its own.")
+    logprobs: int | None = Field(None, ge=0, le=5)
 
-    @field_validator("prompt")
-    @classmethod
-    def _some_prompts(cls, value: str | list[str]) -> str | list[str]:
-        prompts = [value] if isinstance(value, str) else value
-        if not 1 <= len(prompts) <= 32 or not all(prompts):
-            raise ValueError("1 to 32 prompts, none of them empty")
-        return value
+    @model_validator(mode="after")
+    def _some_prompts(self) -> CompletionRequest:
+        if not 1 <= len(self.prompts) <= MAX_CHOICES or not all(self.prompts):
+            raise FieldError("prompt", f"1 to {MAX_CHOICES} prompts, none of them empty")
+        if len(self.prompts) * self.choices > MAX_CHOICES:
+            raise FieldError("n", f"{len(self.prompts)} prompts times n are more than {MAX_CHOICES} choices")
+        return self
 
     @property
-    def prompts(self) -> list[str]:
+    def prompts(self) -> list[str | list[int]]:
         """The prompts, each answered on its own."""
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [part for part in self.prompt if isinstance(part, int)]
+        return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens to tell; None if no log-probabilities are asked for."""
+        return self.logprobs
 
 
-Body = TypeVar("Body", bound=_Request)
+class FeedbackRequest(BaseModel):
+    """The body of `POST /v1/feedback`: what a client thinks of an answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    id: str = Field(
+        pattern=r"^(chatcmpl|cmpl)-[0-9a-f]{32}(-[0-9]{1,2})?$",
+        description="Of the answer; of one of several choices with `-` and its index.",
+    )
+    score: float | None = Field(
+        None, ge=-1, le=1, allow_inf_nan=False, description="From -1, useless, to 1, perfect."
+    )
+    correction: str | None = Field(
+        None, min_length=1, description="The answer as it should have been, made from the one given."
+    )
+    reference: str | None = Field(
+        None, min_length=1, description="A right answer that was known without the one given."
+    )
+    comment: str | None = Field(None, min_length=1, description="Anything else.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> FeedbackRequest:
+        if self.score is None and self.correction is None and self.reference is None:
+            raise FieldError("score", "give at least one of score, correction and reference")
+        return self
+
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 def parse_request(kind: type[Body], raw: bytes) -> Body:
@@ -216,92 +302,29 @@ def parse_request(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate_json(raw)
     except UnsupportedError as error:
-        raise ApiError(
-            400,
-            f"{error.name} is not supported by this endpoint",
-            code="unsupported_parameter",
-            param=error.name,
-        ) from error
+        name = error.name[:64]
+        message = f"{name} is not supported by this endpoint"
+        raise ApiError(400, message, code="unsupported_parameter", param=name) from error
+    except FieldError as error:
+        raise ApiError(400, f"{error.name}: {error}", code="invalid_value", param=error.name) from error
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False)[0]
-        # A union reports which of its members failed too: the field is what comes before that.
-        where = [str(p) for p in problem["loc"] if p not in ("str", "list[str]", "list[TextPart]")]
-        param = ".".join(where) or None
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        # Of the members of a union, the one that understood most tells what is wrong.
+        first = problems[0]["loc"][:1]
+        problem = max((p for p in problems if p["loc"][:1] == first), key=_progress)
+        param = ".".join(str(part)[:64] for part in _fields(problem["loc"])) or None
         message = problem["msg"].removeprefix("Value error, ")
         raise ApiError(
             400, f"{param}: {message}" if param else message, code="invalid_value", param=param
         ) from error
 
 
-class Reply:
-    """Builds the JSON of one answer, whole or in chunks.
-
-    Args:
-        id: Of the answer.
-        created: Seconds since the epoch.
-        model: The served id of the version that answers.
-        chat: Whether this answers a chat.
-    """
-
-    def __init__(self, id: str, created: int, model: str, *, chat: bool) -> None:
-        self._chat = chat
-        self._object = "chat.completion" if chat else "text_completion"
-        self._head: dict[str, Any] = {"id": id, "created": created, "model": model}
-
-    def whole(
-        self, answers: list[tuple[str, str]], prompt_tokens: int, completion_tokens: int
-    ) -> dict[str, Any]:
-        """The answer in one piece.
-
-        Args:
-            answers: Text and finish reason of each choice.
-            prompt_tokens: Over all prompts.
-            completion_tokens: Over all choices.
-        """
-        choices = [self._choice(i, text, reason, whole=True) for i, (text, reason) in enumerate(answers)]
-        usage = _usage(prompt_tokens, completion_tokens)
-        return {**self._head, "object": self._object, "choices": choices, "usage": usage}
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The first chunk of a choice, which says who speaks; only chats have one."""
-        choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        return self._chunk([choice]) if self._chat else None
-
-    def delta(self, index: int, text: str, reason: str | None = None) -> dict[str, Any]:
-        """A chunk with more text, or with the finish reason."""
-        return self._chunk([self._choice(index, text, reason, whole=False)])
-
-    def usage(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-        """The last chunk: no choice, only the token counts."""
-        return {**self._chunk([]), "usage": _usage(prompt_tokens, completion_tokens)}
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self._chat else self._object
-        return {**self._head, "object": kind, "choices": choices}
-
-    def _choice(self, index: int, text: str, reason: str | None, *, whole: bool) -> dict[str, Any]:
-        end = {"index": index, "logprobs": None, "finish_reason": reason}
-        if not self._chat:
-            return {**end, "text": text}
-        if whole:
-            return {**end, "message": {"role": "assistant", "content": text, "refusal": None}}
-        return {**end, "delta": {"content": text} if text else {}}
+def _fields(where: tuple[int | str, ...]) -> list[int | str]:
+    """Where a problem is, without the members of unions, which pydantic names on the way."""
+    return [part for part in where if isinstance(part, int) or not _UNION_MEMBER.fullmatch(part)]
 
 
-def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
-
-
-def sse(data: dict[str, Any] | Literal["[DONE]"]) -> bytes:
-    """One server-sent event."""
-    return (
-        b"data: "
-        + (data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)).encode()
-        + b"\n\n"
-    )
-
-
-def model_card(id: str, created: int) -> dict[str, Any]:
-    """An entry of `/v1/models`."""
-    return {"id": id, "object": "model", "created": created, "owned_by": "regraft"}
+def _progress(problem: ErrorDetails) -> tuple[tuple[int, ...], int, bool]:
+    where = problem["loc"]
+    places = tuple(part for part in where if isinstance(part, int))
+    return places, len(_fields(where)), not problem["type"].endswith("_type")

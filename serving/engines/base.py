@@ -48,12 +48,14 @@ class TokenLogprob:
         spelling: Its bytes; a token may hold a part of a character only.
         logprob: Natural logarithm of its probability.
         top: The likeliest tokens in its place, likeliest first; theirs are empty.
+        offset: Where its text begins in the answer, in characters.
     """
 
     id: int
     spelling: bytes
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True)

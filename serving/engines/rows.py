@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,8 +53,7 @@ class Row(Stream):
         self._scanner = StopScanner(request.stop)
         self._spelling = None if request.logprobs is None else Spelling(tokenizer)
         self._count = 0
-        #: Tokens that are not told yet, each with where its text begins.
-        self._untold: deque[tuple[int, TokenLogprob]] = deque()
+        self._untold: deque[TokenLogprob] = deque()
         self._known = 0  # characters that the detokenizer has given
         self._given = 0  # characters that were given out
         self._ended = False
@@ -90,7 +90,7 @@ class Row(Stream):
         if self._spelling is not None:
             assert logits is not None and self.request.logprobs is not None
             told = _logprob(token, logits, self.request.logprobs, self._spelling)
-            self._untold.append((self._known, told))
+            self._untold.append(replace(told, offset=self._known))
         text = self._detokenizer.push(token)
         self._known += len(text)
         text, stopped = self._scanner.push(text)
@@ -122,8 +122,8 @@ class Row(Stream):
     def _give(self, text: str, *, last: bool = False) -> None:
         self._given += len(text)
         tokens = []
-        while self._untold and (last or self._untold[0][0] < self._given):
-            tokens.append(self._untold.popleft()[1])
+        while self._untold and (last or self._untold[0].offset < self._given):
+            tokens.append(self._untold.popleft())
         if text or tokens:
             self._post(TextDelta(text, tuple(tokens)))
 
