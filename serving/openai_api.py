@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -81,7 +82,15 @@ class StreamOptions(BaseModel):
 MAX_CHOICES = 32
 _UNION_MEMBER = re.compile(r"(constrained-)?str|list\[.*\]")
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
-_TokenId = Annotated[int, Field(ge=0)]
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Whole = Annotated[int, BeforeValidator(_whole)]  # 5.0 is the same number as 5, in JSON as in its schemas
+_Text = Annotated[str, Field(min_length=1)]
+_TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class _Request(BaseModel):
@@ -93,11 +102,11 @@ class _Request(BaseModel):
     default_max_tokens: ClassVar[int | None] = None
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: _Whole | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, description="0 (greedy) if not given.")
     top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1, le=8, description="How many answers to a prompt; 1 if not given.")
-    seed: int | None = Field(
+    n: _Whole | None = Field(None, ge=1, le=8, description="How many answers to a prompt; 1 if not given.")
+    seed: _Whole | None = Field(
         None, ge=-(2**63), lt=2**63, description="Of the first answer; the next one has the next number."
     )
     stop: _Stop | Annotated[list[_Stop], Field(max_length=4, fail_fast=True)] | None = None
@@ -182,7 +191,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: _Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -205,9 +214,9 @@ class ChatRequest(_Request):
     """The body of `POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: _Whole | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="Needs `logprobs`.")
+    top_logprobs: _Whole | None = Field(None, ge=0, le=20, description="Needs `logprobs`.")
 
     @field_validator("top_logprobs")
     @classmethod
@@ -234,17 +243,15 @@ class CompletionRequest(_Request):
     default_max_tokens: ClassVar[int | None] = 16
 
     prompt: (
-        str
-        | Annotated[list[str], Field(fail_fast=True)]
-        | Annotated[list[_TokenId], Field(fail_fast=True)]
-        | Annotated[list[Annotated[list[_TokenId], Field(fail_fast=True)]], Field(fail_fast=True)]
+        _Text
+        | Annotated[list[_Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+        | _TokenIds
+        | Annotated[list[_TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
     ) = Field(description="A text, token ids, or several of one kind, each of which is answered on its own.")
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: _Whole | None = Field(None, ge=0, le=5)
 
     @model_validator(mode="after")
-    def _some_prompts(self) -> CompletionRequest:
-        if not 1 <= len(self.prompts) <= MAX_CHOICES or not all(self.prompts):
-            raise FieldError("prompt", f"1 to {MAX_CHOICES} prompts, none of them empty")
+    def _not_too_many(self) -> CompletionRequest:
         if len(self.prompts) * self.choices > MAX_CHOICES:
             raise FieldError("n", f"{len(self.prompts)} prompts times n are more than {MAX_CHOICES} choices")
         return self

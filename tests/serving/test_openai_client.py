@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import httpx
@@ -11,6 +12,7 @@ import openai
 import pytest
 
 from regraft.data.captures import CaptureStore
+from regraft.data.feedback import FeedbackStore
 from serving.endpoint import MAX_BODY, create_app
 from serving.engines.base import EngineLimits
 from serving.exchange import CaptureLog
@@ -32,6 +34,27 @@ class Ends(CaptureLog):
         self.happened.release()
 
 
+class Seen:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda version, *figures: self.told.append((name, version.served_id, *figures))
+
+
+def keyed(app: Any) -> Any:
+    """Middleware that knows a caller by a header."""
+
+    async def handle(scope: Any, receive: Any, send: Any) -> None:
+        key = dict(scope.get("headers", ())).get(b"x-key")
+        scope["regraft.caller"] = SimpleNamespace(key=key.decode()) if key else None
+        await app(scope, receive, send)
+
+    return handle
+
+
 class Here(NamedTuple):
     url: str
     client: openai.OpenAI
@@ -39,6 +62,8 @@ class Here(NamedTuple):
     registry: Any
     log: Ends
     gate: threading.Event
+    seen: Seen
+    feedback: FeedbackStore
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +95,9 @@ def here(
     store = CaptureStore(tmp_path_factory.mktemp("captures"))
     log = Ends(store)
     table = VersionTable(registry, load, name="support", poll_seconds=0.05)
-    server: AbstractContextManager[str] = serve_app(create_app(table, log, max_new_tokens=64))
+    seen, feedback = Seen(), FeedbackStore(tmp_path_factory.mktemp("feedback"))
+    app = create_app(table, log, max_new_tokens=64, observer=seen, feedback=feedback)
+    server: AbstractContextManager[str] = serve_app(keyed(app))
     with server as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=60)
         health = httpx.get(f"{url}/health")
@@ -83,7 +110,7 @@ def here(
         waiting = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=50, timeout=60)
         waiting.chat.completions.create(model="support", messages=CHAT, max_tokens=1)
         assert log.happened.acquire(timeout=30)
-        yield Here(url, client, store, registry, log, gate)
+        yield Here(url, client, store, registry, log, gate, seen, feedback)
         gate.set()
 
 
@@ -91,6 +118,7 @@ def here(
 def _afresh(here: Here) -> Iterator[None]:
     while here.log.happened.acquire(blocking=False):
         pass
+    here.seen.told.clear()
     yield
     here.gate.set()
 
@@ -199,7 +227,7 @@ def test_pinned_version_and_models(here: Here) -> None:
         ({"max_tokens": 65}, "max_tokens"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": ""}]}, "messages.0"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages.0.content"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 400}]}, "messages"),
     ],
@@ -252,8 +280,12 @@ def test_full_queue_is_429_and_a_client_that_leaves_is_captured(here: Here) -> N
     gone = [e for e in here.store.read() if e.id not in before]
     assert [e.finish_reason for e in gone] == ["aborted"] * 6
     assert all(e.output == "" and e.first_token_ms is None for e in gone)
+    here.seen.told.clear()
     with pytest.raises(openai.RateLimitError) as full:
         here.client.completions.create(model="support", prompt=["x"] * 7)
+    told = [event[0] for event in here.seen.told]
+    assert told == ["began"] * 6 + ["ended"] * 6
+    assert {event[2] for event in here.seen.told if event[0] == "ended"} == {"withdrawn"}
     assert full.value.response.headers["retry-after"] == "1"
     here.gate.set()
     assert here.client.completions.create(model="support", prompt="x", max_tokens=2).choices
@@ -273,3 +305,158 @@ def test_a_stream_that_is_left_is_captured_as_aborted(here: Here) -> None:
     here.gate.set()
     (gone,) = [e for e in here.store.read() if e.id not in before]
     assert gone.finish_reason == "aborted" and gone.stream and gone.output
+
+
+def test_choices_differ_by_seed_and_repeat(here: Here) -> None:
+    asked: Any = {"model": "support", "messages": CHAT, "max_tokens": 8, "temperature": 1, "stop": ["#"]}
+    create = here.client.chat.completions.create
+    three = create(**asked, n=3, seed=5)
+    texts = [c.message.content for c in three.choices]
+    assert [c.index for c in three.choices] == [0, 1, 2] and len(set(texts)) == 3
+    assert [create(**asked, seed=seed).choices[0].message.content for seed in (5, 6, 7)] == texts
+    assert three.usage is not None
+    captured = {e.id: e for e in here.store.read()}
+    parts = [captured[f"{three.id}-{index}"] for index in range(3)]
+    assert [(e.output, e.choice, e.variant) for e in parts] == [
+        (t, i, "champion") for i, t in enumerate(texts)
+    ]
+    assert three.usage.prompt_tokens == parts[0].prompt_tokens  # the choices share it
+    assert three.usage.completion_tokens == sum(e.completion_tokens for e in parts)
+    assert three.usage.completion_tokens_details and three.usage.prompt_tokens_details
+    assert three.usage.completion_tokens_details.reasoning_tokens == 0
+    chunks = [c for chunk in create(**asked, n=3, seed=5, stream=True) for c in chunk.choices]
+    for index, text in enumerate(texts):
+        mine = [c for c in chunks if c.index == index]
+        assert "".join(c.delta.content or "" for c in mine) == text
+        assert mine[-1].finish_reason == three.choices[index].finish_reason
+    first_end = next(i for i, c in enumerate(chunks) if c.finish_reason)
+    assert {c.index for c in chunks[:first_end] if c.delta.content} == {0, 1, 2}  # they come side by side
+
+
+def test_chat_logprobs_whole_and_streamed(here: Here) -> None:
+    asked: Any = {"model": "support", "messages": CHAT, "max_tokens": 12, "logprobs": True, "top_logprobs": 3}
+    create = here.client.chat.completions.create
+    whole = create(**asked).choices[0]
+    assert whole.logprobs and whole.logprobs.content and len(whole.logprobs.content) == 12
+    for token in whole.logprobs.content:
+        best = [t.logprob for t in token.top_logprobs]
+        assert len(best) == 3 and best == sorted(best, reverse=True)
+        assert (token.token, token.logprob, token.bytes) == (
+            token.top_logprobs[0].token,
+            best[0],
+            token.top_logprobs[0].bytes,
+        )
+    spelled = b"".join(bytes(t.bytes or []) for t in whole.logprobs.content)
+    assert spelled.decode(errors="replace") == whole.message.content
+    streamed = [c for chunk in create(**asked, stream=True) for c in chunk.choices if c.logprobs]
+    told = [t for c in streamed if c.logprobs for t in c.logprobs.content or []]
+    assert told == whole.logprobs.content
+    plain = create(**{**asked, "top_logprobs": 0}).choices[0]
+    assert plain.logprobs and plain.logprobs.content
+    assert [(t.logprob, t.top_logprobs) for t in plain.logprobs.content] == [
+        (t.logprob, []) for t in whole.logprobs.content
+    ]
+    assert create(**{**asked, "logprobs": False, "top_logprobs": None}).choices[0].logprobs is None
+
+
+def test_completion_logprobs_and_prompts_of_tokens(here: Here, tiny_tokenizer: Any) -> None:
+    create = here.client.completions.create
+    ids = tiny_tokenizer("The meter")["input_ids"]
+    text = create(model="support", prompt="The meter", max_tokens=8, logprobs=2)
+    tokens = create(model="support", prompt=ids, max_tokens=8, logprobs=2)
+    both = create(model="support", prompt=[ids, ids[:1]], max_tokens=8)
+    assert text.choices == tokens.choices and both.choices[0].text == text.choices[0].text
+    captured = {e.id: e for e in here.store.read()}
+    assert captured[tokens.id].prompt_text == "The meter"
+    found = text.choices[0].logprobs
+    assert found and found.tokens and found.token_logprobs and found.top_logprobs and found.text_offset
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.text_offset) == 8
+    for token, value, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        assert top[token] == value == max(top.values()) and 2 <= len(top) <= 3
+    assert found.text_offset[0] == 0 and found.text_offset == sorted(found.text_offset)
+    alone = create(model="support", prompt="The meter", max_tokens=8, logprobs=0).choices[0].logprobs
+    assert alone and alone.token_logprobs == found.token_logprobs and alone.top_logprobs is None
+    with pytest.raises(openai.BadRequestError) as error:
+        create(model="support", prompt=[1, len(tiny_tokenizer)])
+    assert error.value.param == "prompt" and "no token" in error.value.message
+    with pytest.raises(openai.BadRequestError) as error:
+        create(model="support", prompt=["a"] * 5, n=8)
+    assert error.value.param == "n"
+
+
+def test_feedback_is_stored_under_the_key_that_gave_it(here: Here) -> None:
+    url = f"{here.url}/v1/feedback"
+    headers = {"x-key": "hash-of-key"}
+    answer = httpx.post(
+        f"{here.url}/v1/completions", json={"model": "support", "prompt": "a"}, headers=headers
+    ).json()
+    assert {e.id: e.key for e in here.store.read()}[answer["id"]] == "hash-of-key"
+    stored = httpx.post(url, json={"id": answer["id"], "score": -0.5, "comment": "short"}, headers=headers)
+    assert stored.status_code == 201
+    httpx.post(url, json={"id": answer["id"], "correction": "Yes."}).raise_for_status()
+    (one,) = here.feedback.read()
+    assert (one.answer_id, one.score, one.correction, one.comment) == (answer["id"], -0.5, "Yes.", "short")
+    assert one.key == "hash-of-key" and one.id != stored.json()["id"]
+    for body, param in (
+        ({"id": answer["id"]}, "score"),
+        ({"id": answer["id"], "score": None, "comment": "x"}, "score"),
+        ({"id": answer["id"], "score": 1.5}, "score"),
+        ({"id": answer["id"], "score": 1, "stars": 5}, "stars"),
+        ({"id": "e-1", "score": 1}, "id"),
+        ({"score": 1}, "id"),
+    ):
+        refused = httpx.post(url, json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+    assert len(here.feedback.read()) == 1
+
+
+def test_an_observer_sees_each_exchange_from_beginning_to_end(here: Here) -> None:
+    answer = here.client.completions.create(model="support", prompt="The meter", max_tokens=6)
+    assert answer.usage is not None
+    names = [event[0] for event in here.seen.told]
+    assert names[:2] == ["began", "first_token"] and names[-1] == "ended"
+    assert set(names[2:-1]) <= {"token"}
+    began, ended = here.seen.told[0], here.seen.told[-1]
+    assert began[1:] == ("support/1", answer.usage.prompt_tokens)
+    assert ended[1:5] == ("support/1", "length", answer.usage.prompt_tokens, 6)
+    assert ended[5] >= sum(event[2] for event in here.seen.told[1:-1])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"\xff\xfe",
+        b'{"model": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"model": "support", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
+        b'{"model": "support", "seed": 1' + b"0" * 6000 + b"}",
+        b'{"model": "support", "messages": [' + b"0," * 100_000 + b"0]}",
+        b'{"model": "support", "' + b"x" * 100_000 + b'": 1, "messages": [{"role": "user", "content": "x"}]}',
+    ],
+    ids=lambda body: body[:24].decode(errors="replace"),
+)
+def test_malformed_bodies_are_refused_briefly(here: Here, body: bytes) -> None:
+    for path in ("chat/completions", "completions", "feedback"):
+        answer = httpx.post(
+            f"{here.url}/v1/{path}", content=body, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+        assert len(answer.content) < 1000
+
+
+def test_wrong_media_types_routes_and_methods_have_the_same_shape(here: Here) -> None:
+    chat = {"model": "support", "messages": CHAT, "max_tokens": 1}
+    url = f"{here.url}/v1/chat/completions"
+    for answer, status in (
+        (httpx.post(url, data={"model": "support"}), 415),
+        (httpx.post(f"{here.url}/v1/embeddings", json=chat), 404),
+        (httpx.get(url), 405),
+        (httpx.delete(f"{here.url}/v1/models"), 405),
+    ):
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    patched = {"content-type": "application/vnd.api+json; charset=utf-8"}
+    assert httpx.post(url, json=chat, headers=patched).status_code == 200
