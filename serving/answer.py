@@ -14,7 +14,8 @@ from serving.engines.base import EngineClosedError, EngineError, TextDelta
 from serving.exchange import Exchange
 from serving.openai_api import ApiError, ChatRequest, CompletionRequest
 from serving.replies import Choice, Counts, Reply, sse
-from serving.router import Loaded, VersionTable
+from serving.router import VersionTable
+from serving.shelf import Loaded
 
 VERSION_HEADER = "x-regraft-version"
 

@@ -23,14 +23,8 @@ from serving.exchange import Asked, CaptureLog, Exchange, Observer
 from serving.openai_api import ApiError, ChatRequest, CompletionRequest, FeedbackRequest, parse_request
 from serving.prompts import read_prompts
 from serving.replies import model_card
-from serving.router import (
-    CHAMPION,
-    Loaded,
-    PinnedBusyError,
-    UnavailableError,
-    UnknownModelError,
-    VersionTable,
-)
+from serving.router import UnknownModelError, VersionTable
+from serving.shelf import Loaded, PinnedBusyError, UnavailableError
 
 MAX_BODY = 1 << 20
 T = TypeVar("T")
@@ -85,9 +79,7 @@ class _Endpoint:
 
     async def models(self) -> dict[str, Any]:
         """List what can be asked for now."""
-        names = [self._table.name, f"{self._table.name}@{CHAMPION}"] if self._table.champion else []
-        names += [version.served_id for version in self._table.versions]
-        return {"object": "list", "data": [model_card(name, self._started) for name in names]}
+        return {"object": "list", "data": [model_card(name, self._started) for name in self._table.names]}
 
     async def model(self, request: Request) -> dict[str, Any]:
         """Tell whether a model can be asked for."""

@@ -1,124 +1,109 @@
-"""Which versions are loaded, and which of them answers.
+"""Which version answers a request.
 
-A follower looks up the champion alias. A new champion is loaded and warmed beside the old one, then one
-assignment switches; the old one answers what it has begun and is unloaded when nothing refers to it.
-A request resolves its version once, by taking a lease, and keeps it to the end.
+A follower looks up the aliases. What an alias newly names is loaded and warmed beside the old, then one
+assignment switches; the old one answers what it has begun. A request resolves its version once, by taking a
+reference, and keeps it to the end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import re
-import time
-from collections.abc import AsyncIterator, Callable
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from regraft.config import NAME_PATTERN
 from regraft.errors import ModelError
 from regraft.records import ModelVersion
-from serving.engines.base import Engine, GenerationRequest
+from serving.shelf import Loaded, Shelf, UnavailableError, brief
 
 logger = logging.getLogger(__name__)
 
-CHAMPION = "champion"
-_MODEL = re.compile(rf"({NAME_PATTERN[1:-1]})(?:@({CHAMPION})|/([1-9][0-9]{{0,8}}))?")
+CHAMPION, CHALLENGER, SHADOW = "champion", "challenger", "shadow"
+Alias = Literal["champion", "challenger", "shadow"]
+_ALIASES: tuple[Alias, ...] = (CHAMPION, CHALLENGER, SHADOW)
+_MODEL = re.compile(rf"({NAME_PATTERN[1:-1]})(?:@({'|'.join(_ALIASES)})|/([1-9][0-9]{{0,8}}))?")
 
 
 class VersionSource(Protocol):
-    """The part of the registry that serving needs."""
+    """The part of the registry that says which version is which."""
 
-    def by_alias(self, name: str, alias: str, /) -> ModelVersion | None:
-        """The version an alias names."""
+    def aliases(self, name: str, /) -> Mapping[str, int]:
+        """The aliases of a model and the versions they name."""
 
     def version(self, name: str, version: int, /) -> ModelVersion:
         """One version; a ModelError if there is none."""
-
-    def fetch(self, logged_model_id: str, /) -> Path:
-        """A local folder with the files of a logged model."""
 
 
 class UnknownModelError(Exception):
     """There is no such model or version here."""
 
 
-class UnavailableError(Exception):
-    """The model exists but cannot answer now; the message says why."""
-
-
-class PinnedBusyError(UnavailableError):
-    """All places for pinned versions are in use."""
-
-
-@dataclass(eq=False)
-class Loaded:
-    """A loaded version. `references` counts the requests that hold it."""
-
-    version: ModelVersion
-    engine: Engine
-    references: int = 0
-    used: float = field(default_factory=time.monotonic)
-    pinned: bool = False
-
-
-@dataclass
-class _Failure:
-    message: str
-    count: int
-    retry_at: float
-
-
 class VersionTable:
-    """The loaded versions of one registered model. All methods run on one event loop.
+    """The versions of one registered model by the names clients use. All methods run on one event loop.
 
     Args:
         source: The registry.
-        load: Makes an engine of a version and the folder with its files; runs in a thread.
+        shelf: Where versions are loaded.
         name: The registered model.
-        poll_seconds: How often the champion alias is looked up.
-        max_pinned: Versions kept beside the champion for clients that ask for them by number.
+        poll_seconds: How often the aliases are looked up.
+        canary: Share of those who ask for no version that the challenger answers, from 0 to 1.
+        shadow: Whether the shadow is loaded.
+        pinned: Versions that are loaded from the beginning, and stay.
     """
 
     def __init__(
         self,
         source: VersionSource,
-        load: Callable[[ModelVersion, Path], Engine],
+        shelf: Shelf,
         *,
         name: str,
         poll_seconds: float = 1.0,
-        max_pinned: int = 2,
+        canary: float = 0.0,
+        shadow: bool = False,
+        pinned: Sequence[int] = (),
     ) -> None:
         self.name = name
         self._source = source
-        self._load = load
+        self._shelf = shelf
         self._poll_seconds = poll_seconds
-        self._max_pinned = max_pinned
-        self._loaded: dict[int, Loaded] = {}
-        self._champion: Loaded | None = None
-        self._failures: dict[int, _Failure] = {}
+        self._canary = canary
+        self._pinned = tuple(pinned)
+        followed = {CHAMPION: True, CHALLENGER: canary > 0, SHADOW: shadow}
+        self._followed = tuple(alias for alias in _ALIASES if followed[alias])
+        self._named: dict[Alias, Loaded] = {}
         self._registry_error: str | None = None
         self._registry_down = False
-        self._loading = asyncio.Lock()
-        self._loads: set[asyncio.Task[Loaded]] = set()
-        self._unloading: set[asyncio.Task[None]] = set()
         self._follower: asyncio.Task[None] | None = None
 
     @property
     def champion(self) -> ModelVersion | None:
         """The version that answers those who ask for no version."""
-        return self._champion.version if self._champion else None
+        return self._named[CHAMPION].version if CHAMPION in self._named else None
+
+    @property
+    def shadow(self) -> Loaded | None:
+        """The version that answers beside the others, for the captures alone."""
+        return self._named.get(SHADOW)
 
     @property
     def versions(self) -> list[ModelVersion]:
         """All loaded versions, by number."""
-        return [self._loaded[number].version for number in sorted(self._loaded)]
+        return [loaded.version for loaded in self._shelf.loaded]
+
+    @property
+    def names(self) -> list[str]:
+        """All that a client may ask for without a load."""
+        named = [f"{self.name}@{alias}" for alias in self._followed if alias in self._named]
+        return [*([self.name] if self.champion else []), *named, *(v.served_id for v in self.versions)]
 
     def start(self) -> None:
-        """Begin to follow the alias."""
+        """Begin to follow the aliases."""
         self._follower = asyncio.get_running_loop().create_task(self._follow())
 
     async def stop(self) -> None:
@@ -127,65 +112,63 @@ class VersionTable:
             self._follower.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._follower
-        await asyncio.gather(*self._loads, return_exceptions=True)
-        self._champion = None
-        for loaded in list(self._loaded.values()):
-            self._retire(loaded)
-        await asyncio.gather(*self._unloading)
+        self._named = {}
+        await self._shelf.close()
 
     @asynccontextmanager
-    async def lease(self, model: str) -> AsyncIterator[Loaded]:
+    async def lease(self, model: str, who: str | None = None) -> AsyncIterator[Loaded]:
         """Hold the version that `model` names for as long as the context lasts; see `acquire`."""
-        loaded = await self.acquire(model)
+        loaded = await self.acquire(model, who)
         try:
             yield loaded
         finally:
             self.release(loaded)
 
-    async def acquire(self, model: str) -> Loaded:
+    async def acquire(self, model: str, who: str | None = None) -> Loaded:
         """Resolve what a client asks for and take a reference on it.
 
         Args:
-            model: `name`, `name@champion`, or `name/3`.
+            model: `name`, `name@champion` (or another alias that is followed), or `name/3`.
+            who: Whose request it is; the same is answered by the same version for as long as the aliases
+                stay, and nobody's by chance.
 
         Raises:
             UnknownModelError: If that names nothing here.
             UnavailableError: If there is no champion yet, or the version cannot be loaded now.
         """
-        number = self.parse(model)
-        if number is None:
-            if self._champion is None:
-                raise UnavailableError(self.why_not())
-            loaded = self._champion
-        else:
-            loaded = self._loaded.get(number) or await self._pin(number)
-            # Also a former champion that still drains: whoever asks for it by number keeps it here.
-            loaded.pinned = loaded is not self._champion
-        loaded.references += 1
-        loaded.used = time.monotonic()
+        alias, number = self.parse(model)
         if number is not None:
-            self._trim()
-        return loaded
+            loaded = await self._shelf.ensure(await self._look_up(number))
+        else:
+            found = self._named.get(alias or self._drawn(who))
+            if found is None:
+                raise UnavailableError(self.why_not(alias or CHAMPION))
+            loaded = found
+        return self._shelf.hold(loaded)
 
     def release(self, loaded: Loaded) -> None:
         """Give a reference back."""
-        loaded.references -= 1
-        self._retire_if_idle(loaded)
-        self._trim()
+        self._shelf.release(loaded)
 
-    def parse(self, model: str) -> int | None:
-        """The version number a client asks for; None for the champion.
+    def role(self, loaded: Loaded) -> str:
+        """What a version is at the moment: its alias, or `pinned`."""
+        return next((alias for alias, named in self._named.items() if named is loaded), "pinned")
+
+    def parse(self, model: str) -> tuple[Alias | None, int | None]:
+        """The alias or the number of the version that a client asks for; neither if any will do.
 
         Raises:
             UnknownModelError: If it is not a name of this endpoint's.
         """
         match = _MODEL.fullmatch(model)
-        if match is None or match[1] != self.name:
+        if match is None or match[1] != self.name or (match[2] and match[2] not in self._followed):
+            aliases = ", ".join(f"'{self.name}@{alias}'" for alias in self._followed)
             raise UnknownModelError(
                 f"there is no model {model[:80]!r}; this endpoint serves {self.name!r}, also as "
-                f"'{self.name}@{CHAMPION}' or '{self.name}/<version>'"
+                f"{aliases} or '{self.name}/<version>'"
             )
-        return int(match[3]) if match[3] else None
+        alias = next((alias for alias in self._followed if alias == match[2]), None)
+        return alias, int(match[3]) if match[3] else None
 
     async def find(self, model: str) -> ModelVersion:
         """The version that `model` names, whether loaded or not.
@@ -194,13 +177,111 @@ class VersionTable:
             UnknownModelError: If there is none.
             UnavailableError: If there is no champion yet, or the registry does not answer.
         """
-        number = self.parse(model)
-        if number is None:
-            if self._champion is None:
-                raise UnavailableError(self.why_not())
-            return self._champion.version
-        if number in self._loaded:
-            return self._loaded[number].version
+        alias, number = self.parse(model)
+        if number is not None:
+            return await self._look_up(number)
+        if (alias or CHAMPION) not in self._named:
+            raise UnavailableError(self.why_not(alias or CHAMPION))
+        return self._named[alias or CHAMPION].version
+
+    def why_not(self, alias: str = CHAMPION) -> str:
+        """Why nothing is loaded for an alias."""
+        if self._registry_error:
+            return f"no {alias} is loaded: {self._registry_error}"
+        if self._shelf.failures:
+            number, message = max(self._shelf.failures.items())
+            return f"no {alias} is loaded: version {number} failed to load: {message}"
+        return f"no {alias} is loaded: no version of {self.name!r} is loaded yet"
+
+    def health(self) -> dict[str, Any]:
+        """What is loaded, who is champion, and what went wrong last."""
+        return {
+            "model": self.name,
+            **{
+                alias: self._named[alias].version.served_id if alias in self._named else None
+                for alias in self._followed
+            },
+            "loaded": [
+                {
+                    "id": loaded.version.served_id,
+                    "method": loaded.version.method.get("name"),
+                    "role": self.role(loaded),
+                    "requests": loaded.references,
+                }
+                for loaded in self._shelf.loaded
+            ],
+            "load_errors": {f"{self.name}/{n}": why for n, why in self._shelf.failures.items()},
+            "registry_error": self._registry_error,
+        }
+
+    async def poll(self) -> None:
+        """Look the aliases up once and switch to what they name."""
+        try:
+            aliases = await asyncio.to_thread(self._source.aliases, self.name)
+        except Exception as error:  # whatever the registry's trouble is, what is loaded goes on serving
+            self._registry_error = f"the registry does not answer: {brief(error)}"
+            self._registry_down = True
+            return
+        self._registry_down = False
+        wanted = {alias: aliases[alias] for alias in self._followed if alias in aliases}
+        self._registry_error = (
+            None if CHAMPION in wanted else f"{self.name!r} has no champion in the registry"
+        )
+        # What is about to be loaded has a role already: it needs none of the places of those without.
+        self._keep(*wanted.values())
+        for alias in self._followed:
+            if alias in wanted:
+                await self._switch(alias, wanted[alias])
+            elif alias != CHAMPION:  # the last champion goes on answering
+                self._named.pop(alias, None)
+        self._keep()
+
+    async def _switch(self, alias: Alias, number: int) -> None:
+        named = self._named.get(alias)
+        if named and named.version.version == number:
+            return
+        try:
+            self._named[alias] = await self._shelf.ensure(await self._look_up(number))
+        except UnknownModelError as error:  # an alias of a version that Regraft did not register
+            self._registry_error = f"{self.name}@{alias}: {error}"
+        except UnavailableError as error:
+            logger.debug("%s of %s is not switched yet: %s", alias, self.name, error)
+        else:
+            logger.info("%s of %s is now version %d", alias, self.name, number)
+
+    def _keep(self, *more: int) -> None:
+        self._shelf.keep({*self._pinned, *(named.version.version for named in self._named.values()), *more})
+
+    def _drawn(self, who: str | None) -> Alias:
+        """The alias that answers somebody who asks for no version."""
+        challenger = self._named.get(CHALLENGER)
+        if challenger is None or not self._canary:
+            return CHAMPION
+        # Another challenger is tried on others: nobody is always the one who tries.
+        drawn = f"{challenger.version.version}:{who or secrets.token_hex(8)}"
+        number = int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:8], "big")
+        return CHALLENGER if number < self._canary * 2**64 else CHAMPION
+
+    async def _follow(self) -> None:
+        await self._load_pinned()
+        while True:
+            try:
+                await self.poll()
+            except Exception:
+                logger.exception("following the aliases of %s failed; trying again", self.name)
+            await asyncio.sleep(self._poll_seconds)
+
+    async def _load_pinned(self) -> None:
+        self._keep()
+        for number in self._pinned:
+            try:
+                await self._shelf.ensure(await self._look_up(number))
+            except (UnknownModelError, UnavailableError) as error:
+                logger.error("version %d of %s, pinned, is not served: %s", number, self.name, error)  # noqa: TRY400
+
+    async def _look_up(self, number: int) -> ModelVersion:
+        if loaded := self._shelf.get(number):
+            return loaded.version
         if self._registry_down:  # MLflow's client would go on trying for minutes
             raise UnavailableError(str(self._registry_error))
         try:
@@ -208,152 +289,4 @@ class VersionTable:
         except ModelError as error:
             raise UnknownModelError(error.problem) from error
         except Exception as error:
-            raise UnavailableError(f"the registry does not answer: {_brief(error)}") from error
-
-    def why_not(self) -> str:
-        """Why there is no champion."""
-        if self._registry_error:
-            return f"no champion is loaded: {self._registry_error}"
-        if self._failures:
-            number, failure = max(self._failures.items())
-            return f"no champion is loaded: version {number} failed to load: {failure.message}"
-        return f"no champion is loaded: no version of {self.name!r} is loaded yet"
-
-    def health(self) -> dict[str, Any]:
-        """What is loaded, who is champion, and what went wrong last."""
-        return {
-            "model": self.name,
-            "champion": self._champion.version.served_id if self._champion else None,
-            "loaded": [
-                {
-                    "id": loaded.version.served_id,
-                    "method": loaded.version.method.get("name"),
-                    "role": self._role(loaded),
-                    "requests": loaded.references,
-                }
-                for _, loaded in sorted(self._loaded.items())
-            ],
-            "load_errors": {f"{self.name}/{n}": f.message for n, f in sorted(self._failures.items())},
-            "registry_error": self._registry_error,
-        }
-
-    async def poll(self) -> None:
-        """Look the champion up once and switch to it if it is another one."""
-        try:
-            wanted = await asyncio.to_thread(self._source.by_alias, self.name, CHAMPION)
-        except Exception as error:  # whatever the registry's trouble is, what is loaded goes on serving
-            self._registry_error = f"the registry does not answer: {_brief(error)}"
-            self._registry_down = True
-            return
-        self._registry_down = False
-        if wanted is None:
-            self._registry_error = f"{self.name!r} has no champion in the registry"
-            return
-        self._registry_error = None
-        if self._champion and wanted.version == self._champion.version.version:
-            return
-        try:
-            loaded = await self._ensure(wanted, pinned=False)
-        except UnavailableError:
-            return  # already kept in `_failures`
-        previous, self._champion = self._champion, loaded
-        loaded.pinned = False
-        logger.info("champion of %s is now version %d", self.name, wanted.version)
-        if previous:
-            self._retire_if_idle(previous)
-
-    async def _follow(self) -> None:
-        while True:
-            try:
-                await self.poll()
-            except Exception:
-                logger.exception("following the champion of %s failed; trying again", self.name)
-            await asyncio.sleep(self._poll_seconds)
-
-    async def _pin(self, number: int) -> Loaded:
-        return await self._ensure(await self.find(f"{self.name}/{number}"), pinned=True)
-
-    async def _ensure(self, version: ModelVersion, *, pinned: bool) -> Loaded:
-        """The loaded version; loads and warms it first if need be.
-
-        A caller that goes away does not stop a load half-way: the version would be neither in the table nor
-        unloaded.
-        """
-        task = asyncio.get_running_loop().create_task(self._ensure_alone(version, pinned))
-        self._loads.add(task)
-        task.add_done_callback(self._loads.discard)
-        return await asyncio.shield(task)
-
-    async def _ensure_alone(self, version: ModelVersion, pinned: bool) -> Loaded:
-        async with self._loading:
-            loaded = self._loaded.get(version.version)
-            if loaded:
-                return loaded
-            failure = self._failures.get(version.version)
-            if failure and time.monotonic() < failure.retry_at:
-                raise UnavailableError(f"{version.served_id} failed to load: {failure.message}")
-            if pinned:
-                self._make_room()
-            try:
-                engine = await self._load_and_warm(version)
-            except Exception as error:
-                count = failure.count + 1 if failure else 1
-                # A broken version would otherwise be loaded again at every poll, and slow the healthy one.
-                retry_at = time.monotonic() + min(60.0, self._poll_seconds * 2**count)
-                self._failures[version.version] = _Failure(_brief(error), count, retry_at)
-                logger.exception("%s failed to load", version.served_id)
-                raise UnavailableError(f"{version.served_id} failed to load: {_brief(error)}") from error
-            self._failures.pop(version.version, None)
-            loaded = self._loaded[version.version] = Loaded(version, engine, pinned=pinned)
-            return loaded
-
-    def _make_room(self) -> None:
-        pinned = [entry for entry in self._loaded.values() if entry.pinned]
-        if len(pinned) >= self._max_pinned:
-            idle = [entry for entry in pinned if not entry.references]
-            if not idle:
-                raise PinnedBusyError(
-                    f"{len(pinned)} versions besides the champion are in use; try again later"
-                )
-            self._retire(min(idle, key=lambda entry: entry.used))
-
-    async def _load_and_warm(self, version: ModelVersion) -> Engine:
-        def load() -> Engine:
-            return self._load(version, self._source.fetch(version.logged_model_id))
-
-        engine = await asyncio.to_thread(load)
-        try:
-            ids = engine.encode_text("Hello")
-            async for _ in engine.submit(GenerationRequest(tuple(ids), max_new_tokens=1)):
-                pass
-        except BaseException:
-            await asyncio.to_thread(engine.close)
-            raise
-        return engine
-
-    def _role(self, loaded: Loaded) -> str:
-        if loaded is self._champion:
-            return CHAMPION
-        return "pinned" if loaded.pinned else "draining"
-
-    def _trim(self) -> None:
-        pinned = [entry for entry in self._loaded.values() if entry.pinned]
-        idle = sorted((entry for entry in pinned if not entry.references), key=lambda entry: entry.used)
-        for entry in idle[: max(0, len(pinned) - self._max_pinned)]:
-            self._retire(entry)
-
-    def _retire_if_idle(self, loaded: Loaded) -> None:
-        if not loaded.references and not loaded.pinned and loaded is not self._champion:
-            self._retire(loaded)
-
-    def _retire(self, loaded: Loaded) -> None:
-        """Take a version out of the table and unload it in a thread."""
-        if self._loaded.get(loaded.version.version) is loaded:
-            del self._loaded[loaded.version.version]
-            task = asyncio.get_running_loop().create_task(asyncio.to_thread(loaded.engine.close))
-            self._unloading.add(task)
-            task.add_done_callback(self._unloading.discard)
-
-
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
+            raise UnavailableError(f"the registry does not answer: {brief(error)}") from error

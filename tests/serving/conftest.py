@@ -69,15 +69,17 @@ class FakeRegistry:
     def __init__(self, *versions: ModelVersion, folders: dict[int, Path] | None = None) -> None:
         self.known = {v.version: v for v in versions}
         self.champion: int | None = None
+        #: Aliases besides the champion's.
+        self.named: dict[str, int] = {}
         self.down = False
         self.folders = folders or {}
         self.polled = threading.Event()
 
-    def by_alias(self, name: str, alias: str) -> ModelVersion | None:
+    def aliases(self, name: str) -> dict[str, int]:
         self._check()
         self.polled.set()
-        assert (name, alias) == ("support", "champion")
-        return None if self.champion is None else self.known[self.champion]
+        assert name == "support"
+        return {**self.named, **({} if self.champion is None else {"champion": self.champion})}
 
     def version(self, name: str, version: int) -> ModelVersion:
         self._check()

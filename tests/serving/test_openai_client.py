@@ -18,6 +18,7 @@ from serving.engines.base import EngineLimits
 from serving.exchange import CaptureLog
 from serving.loading import load_engine
 from serving.router import VersionTable
+from serving.shelf import Shelf, in_process
 
 CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 
@@ -94,7 +95,7 @@ def here(
 
     store = CaptureStore(tmp_path_factory.mktemp("captures"))
     log = Ends(store)
-    table = VersionTable(registry, load, name="support", poll_seconds=0.05)
+    table = VersionTable(registry, Shelf(in_process(registry, load)), name="support", poll_seconds=0.05)
     seen, feedback = Seen(), FeedbackStore(tmp_path_factory.mktemp("feedback"))
     app = create_app(table, log, max_new_tokens=64, observer=seen, feedback=feedback)
     server: AbstractContextManager[str] = serve_app(keyed(app))

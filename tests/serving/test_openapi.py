@@ -27,6 +27,7 @@ from serving.exchange import CaptureLog
 from serving.loading import load_engine
 from serving.openai_api import ChatRequest, CompletionRequest, FeedbackRequest
 from serving.router import VersionTable
+from serving.shelf import Shelf, in_process
 
 CHECKS = [
     schemathesis.checks.not_a_server_error,
@@ -72,7 +73,7 @@ def here(
 
     folder = tmp_path_factory.mktemp("spools")
     app = create_app(
-        VersionTable(registry, load, name="support", poll_seconds=0.05),
+        VersionTable(registry, Shelf(in_process(registry, load)), name="support", poll_seconds=0.05),
         CaptureLog(CaptureStore(folder / "captures")),
         max_new_tokens=4,
         feedback=FeedbackStore(folder / "feedback"),

@@ -14,7 +14,8 @@ from regraft.records import Message, ModelVersion
 from serving.endpoint import create_app
 from serving.engines.base import Engine, Event, Finished, GenerationRequest, Stream, TextDelta
 from serving.exchange import CaptureLog
-from serving.router import PinnedBusyError, UnavailableError, UnknownModelError, VersionTable
+from serving.router import UnknownModelError, VersionTable
+from serving.shelf import PinnedBusyError, Shelf, UnavailableError, in_process
 
 
 class _Words(Stream):
@@ -70,7 +71,9 @@ class Bench:
         self.engines: dict[int, FakeEngine] = {}
         self.loads: Counter[int] = Counter()
         self.broken: set[int] = set()
-        self.table = VersionTable(registry, self.load, name="support", **{"poll_seconds": 0.01, **options})
+        shelf = {k: options.pop(k) for k in ("spare", "retry_seconds") if k in options}
+        self.shelf = Shelf(in_process(registry, self.load), **shelf)
+        self.table = VersionTable(registry, self.shelf, name="support", **{"poll_seconds": 0.01, **options})
 
     def load(self, version: ModelVersion, folder: Path) -> Engine:
         self.loads[version.version] += 1
@@ -80,7 +83,7 @@ class Bench:
         return self.engines[version.version]
 
     async def unloaded(self) -> None:
-        await asyncio.gather(*self.table._unloading)
+        await self.shelf.unloaded()
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def bench(make_registry: Any, make_version: Any) -> Callable[..., Bench]:
 def test_switch_under_load_fails_nothing_and_mixes_nothing(
     bench: Callable[..., Bench], tmp_path: Path
 ) -> None:
-    b = bench()
+    b = bench(spare=0)
     b.registry.champion = 1
     store = CaptureStore(tmp_path)
     app = create_app(b.table, CaptureLog(store), max_new_tokens=50)
@@ -138,7 +141,7 @@ def test_switch_under_load_fails_nothing_and_mixes_nothing(
 
 def test_a_version_that_does_not_load_takes_no_traffic(bench: Callable[..., Bench]) -> None:
     async def run() -> None:
-        b = bench(poll_seconds=30)
+        b = bench(retry_seconds=30)
         b.registry.champion = 1
         await b.table.poll()
         b.broken = {2}
@@ -182,14 +185,14 @@ def test_a_dead_registry_keeps_what_is_loaded(bench: Callable[..., Bench]) -> No
 
 def test_old_champion_drains_before_it_is_unloaded(bench: Callable[..., Bench]) -> None:
     async def run() -> None:
-        b = bench()
+        b = bench(spare=0)
         b.registry.champion = 1
         await b.table.poll()
         first, second = await b.table.acquire("support"), await b.table.acquire("support")
         b.registry.champion = 2
         await b.table.poll()
         assert {e["id"]: e["role"] for e in b.table.health()["loaded"]} == {
-            "support/1": "draining",
+            "support/1": "pinned",
             "support/2": "champion",
         }
         b.table.release(first)
@@ -199,6 +202,83 @@ def test_old_champion_drains_before_it_is_unloaded(bench: Callable[..., Bench]) 
         await b.unloaded()
         assert b.engines[1].closed
         assert b.engines[2].submitted == 1  # warmed
+
+    asyncio.run(run())
+
+
+def test_a_former_champion_is_called_back_without_a_load(bench: Callable[..., Bench]) -> None:
+    async def run() -> None:
+        b = bench(spare=1)
+        for number in (1, 2, 1, 3):
+            b.registry.champion = number
+            await b.table.poll()
+        await b.unloaded()
+        assert b.loads == {1: 1, 2: 1, 3: 1}
+        assert [v.version for v in b.table.versions] == [1, 3]  # the one that was used last stays
+
+    asyncio.run(run())
+
+
+def test_the_challenger_answers_its_share_of_sessions_and_always_the_same(
+    bench: Callable[..., Bench],
+) -> None:
+    async def run() -> None:
+        b = bench(canary=0.25)
+        b.registry.champion = 1
+        b.registry.named = {"challenger": 2, "shadow": 3}
+        await b.table.poll()
+
+        async def served(who: str | None) -> int:
+            async with b.table.lease("support", who) as loaded:
+                return loaded.version.version
+
+        first = {f"session-{n}": await served(f"session-{n}") for n in range(400)}
+        assert first == {who: await served(who) for who in first}
+        counts = Counter(first.values())
+        assert set(counts) == {1, 2} and 60 < counts[2] < 140
+        assert {await served(None) for _ in range(100)} == {1, 2}
+        async with b.table.lease("support@challenger") as asked, b.table.lease("support/1") as other:
+            assert (b.table.role(asked), b.table.role(other)) == ("challenger", "champion")
+        with pytest.raises(UnknownModelError, match="support@challenger"):
+            await b.table.acquire("support@shadow")  # it is not followed here
+        b.registry.named = {"challenger": 4}
+        await b.table.poll()
+        others = {who for who, number in first.items() if number == 2}
+        now = {who for who in first if await served(who) == 4}
+        assert now and now != others  # another challenger is tried on others
+        b.registry.named = {}
+        await b.table.poll()
+        assert {await served(who) for who in first} == {1}
+        with pytest.raises(UnavailableError, match="no challenger"):
+            await b.table.acquire("support@challenger")
+
+    asyncio.run(run())
+
+
+def test_a_challenger_that_is_none_of_ours_stops_nothing(bench: Callable[..., Bench]) -> None:
+    async def run() -> None:
+        b = bench(canary=0.5)
+        b.registry.champion = 1
+        b.registry.named = {"challenger": 99}
+        await b.table.poll()
+        assert b.table.champion is not None
+        assert "no version 99" in b.table.health()["registry_error"]
+
+    asyncio.run(run())
+
+
+def test_pinned_versions_are_loaded_from_the_beginning_and_stay(bench: Callable[..., Bench]) -> None:
+    async def run() -> None:
+        b = bench(spare=1, pinned=(4, 99))
+        b.registry.champion = 1
+        b.table.start()
+        while b.table.champion is None:
+            await asyncio.sleep(0.01)
+        for number in (5, 6):
+            async with b.table.lease(f"support/{number}"):
+                pass
+        assert [v.version for v in b.table.versions] == [1, 4, 6]
+        await b.table.stop()
 
     asyncio.run(run())
 

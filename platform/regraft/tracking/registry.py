@@ -125,8 +125,8 @@ class Registry:
         """The version that an alias points to; None if the model or the alias does not exist.
 
         Raises:
-            ServiceError: If the server does not answer; within seconds, for this is what serving polls, and
-                MLflow's client would go on trying for minutes.
+            ServiceError: If the server does not answer; within seconds, where MLflow's client would go on
+                trying for minutes.
         """
         check_server(self.uri)
         try:
@@ -137,6 +137,22 @@ class Registry:
                 return None
             raise
         return _version(raw)
+
+    @guarded
+    def aliases(self, name: str) -> dict[str, int]:
+        """All aliases of a model and the versions they point to; none if there is no such model.
+
+        Raises:
+            ServiceError: As `by_alias`: this is what serving polls.
+        """
+        check_server(self.uri)
+        try:
+            found = self._client.get_registered_model(name).aliases
+        except MlflowException as error:
+            if has_code(error, "RESOURCE_DOES_NOT_EXIST"):
+                return {}
+            raise
+        return {alias: int(version) for alias, version in found.items()}
 
     @guarded
     def set_alias(self, name: str, alias: str, version: int) -> None:
