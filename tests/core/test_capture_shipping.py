@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from regraft.config import Experiment
-from regraft.data import capture_archive
+from regraft.data import capture_archive, capture_files
 from regraft.data.capture_archive import Archive
 from regraft.data.capture_shipping import Shipper, prune, ship
 from regraft.data.captures import CaptureStore
@@ -87,7 +87,29 @@ def test_spool_and_archive_read_as_one(tmp_path: Path, url: str) -> None:
     ]
     assert [e.model_version for e in store.read(version=2)] == [2] * 10
     assert list(store.table(columns=["output", "prompt_text"]).columns) == ["output", "prompt_text"]
-    assert store.read(start=datetime.now(UTC) + timedelta(days=2)) == []
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    assert store.read(start=tomorrow) == []
+    assert Archive(url).files(tomorrow.date()) == {}, "not even opened"
+    store.append(exchange(3))
+    assert [e.id for e in store.read()].count("e-3") == 1
+    assert store.table()["id"].tolist().count("e-3") == 1
+
+
+def test_what_is_shipped_between_listing_and_reading_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = str(tmp_path / "archive")
+    store = filled(tmp_path / "spool", 5, archive)
+    whole = capture_files.spool_files
+
+    def listed_and_shipped(folder: Path, start: date | None = None) -> list[Path]:
+        files = whole(folder, start)
+        monkeypatch.undo()
+        assert ship(store, archive).exchanges == 5
+        return files
+
+    monkeypatch.setattr(capture_files, "spool_files", listed_and_shipped)
+    assert [e.id for e in store.read()] == [f"e-{n}" for n in range(5)]
 
 
 def test_the_file_of_a_living_writer_is_left_and_that_of_a_dead_one_is_taken(tmp_path: Path) -> None:
@@ -263,6 +285,11 @@ def test_the_shipper_ships_what_is_being_written_and_survives_a_bad_store(tmp_pa
     assert state["last_success"] is not None
     assert [e.id for e in store.read()] == ["e-1", "e-2"]
     assert list((tmp_path / "spool").iterdir()) == []
+
+
+def test_a_shipper_does_not_start_with_a_wrong_url(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        Shipper(CaptureStore(tmp_path, archive="nowhere://b"), every_seconds=1).start()
 
 
 def test_the_archive_of_the_yaml_lies_beside_it(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-#: Rows put together at once: some milliseconds, in which a thread beside this one has to wait.
-_BATCH = 500
+#: Rows put together at once: less than a millisecond, in which the threads beside this one wait.
+_BATCH = 100
 #: Batches in a row group, of which those without wanted rows are not read.
-_GROUP = 10
+_GROUP = 50
 
 
 class Wanted(NamedTuple):

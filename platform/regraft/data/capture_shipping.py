@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -21,6 +22,11 @@ from regraft.records import CapturedExchange
 from regraft.records.base import Record
 
 logger = logging.getLogger(__name__)
+
+#: Exchanges that are read without a rest.
+_STRETCH = 50
+#: Rests of an endpoint's shipper: half a millisecond of work, two of rest.
+_REST_SECONDS = 0.002
 
 
 class Shipped(Record):
@@ -43,12 +49,13 @@ class Shipped(Record):
     failed: tuple[str, ...] = ()
 
 
-def ship(store: CaptureStore, url: str) -> Shipped:
+def ship(store: CaptureStore, url: str, *, rest_seconds: float = 0.0) -> Shipped:
     """Write the finished files of a spool as Parquet, and delete them there.
 
     Args:
         store: Whose spool.
         url: Where to: a folder, or a URL that fsspec takes.
+        rest_seconds: How long to rest after every 50 exchanges, for the sake of other threads.
 
     Raises:
         ConfigError: If the URL cannot be one.
@@ -65,7 +72,7 @@ def ship(store: CaptureStore, url: str) -> Shipped:
             if stream is None:
                 done = _plus(done, live=1)
                 continue
-            source = _Source(file, stream)
+            source = _Source(file, stream, rest_seconds)
             try:
                 rows = archive.write(day, file.stem, source)
             except DataError as error:
@@ -127,7 +134,17 @@ class Shipper:
         self._last_success: str | None = None
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread.
+
+        Raises:
+            ConfigError: If the archive's URL cannot be one, or a package is missing for it.
+        """
+        # Here and now: imports hold up whatever answers are being given.
+        import pyarrow.dataset
+        import pyarrow.parquet  # noqa: F401
+
+        if self._store.archive is not None:
+            Archive(self._store.archive)
         self._thread = threading.Thread(target=self._run, name="capture-shipper", daemon=True)
         self._thread.start()
 
@@ -162,7 +179,7 @@ class Shipper:
         self._store.close()  # begins another file, so that this one can go
         if self._store.archive is None:
             return
-        done = ship(self._store, self._store.archive)
+        done = ship(self._store, self._store.archive, rest_seconds=_REST_SECONDS)
         for name in ("files", "exchanges", "torn"):
             self._totals[name] += getattr(done, name)
         for problem in done.failed:
@@ -183,12 +200,14 @@ class Shipper:
 class _Source:
     """The exchanges of a finished file; afterwards, how many lines were torn."""
 
-    def __init__(self, file: Path, stream: BinaryIO) -> None:
-        self._file, self._stream = file, stream
+    def __init__(self, file: Path, stream: BinaryIO, rest_seconds: float) -> None:
+        self._file, self._stream, self._rest = file, stream, rest_seconds
         self.torn = 0
 
     def __iter__(self) -> Iterator[CapturedExchange]:
-        for exchange in exchanges(self._file, self._stream):
+        for number, exchange in enumerate(exchanges(self._file, self._stream), start=1):
+            if self._rest and number % _STRETCH == 0:
+                time.sleep(self._rest)
             if exchange is None:
                 self.torn += 1
             else:
