@@ -139,7 +139,8 @@ class Shipper:
         Raises:
             ConfigError: If the archive's URL cannot be one, or a package is missing for it.
         """
-        # Here and now: imports hold up whatever answers are being given.
+        # Here and now: imports hold up whatever answers are being given. (pyarrow imports pandas by itself.)
+        import pandas  # noqa: F401
         import pyarrow.dataset
         import pyarrow.parquet  # noqa: F401
 
