@@ -9,14 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import re
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from regraft.methods import Method
 from regraft.methods.base import DTypeName
@@ -33,6 +30,7 @@ from serving.engines.rows import OwnEngine, Row
 from serving.engines.vllm_process import Bound, VllmProcess, error_of
 from serving.engines.vllm_prompts import VirtualTokens
 from serving.engines.vllm_support import NotForVllmError, Takes, require_plain_lora, vllm_serves, vllm_takes
+from serving.engines.vllm_wire import body, choices, take
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -195,19 +193,19 @@ class VllmServer:
         import httpx
 
         try:
-            body = _body(row.request, name, self.end_ids)
+            asked = body(row.request, name, self.end_ids)
             if virtual is not None:
                 encoded = await asyncio.to_thread(virtual.before, row.request.prompt_ids)
-                body |= {"prompt": None, "prompt_embeds": encoded}
+                asked |= {"prompt": None, "prompt_embeds": encoded}
             # Leaving the connection before its end is how vLLM hears that nobody wants the rest.
             async with (
                 self.process.client() as client,
-                client.stream("POST", "/v1/completions", json=body) as answer,
+                client.stream("POST", "/v1/completions", json=asked) as answer,
             ):
                 if answer.status_code != 200:
                     raise error_of(answer.status_code, await answer.aread())  # noqa: TRY301
-                async for choice in _choices(answer.aiter_lines()):
-                    _take(row, choice, self.end_ids, self.vocabulary)
+                async for choice in choices(answer.aiter_lines()):
+                    take(row, choice, self.end_ids, self.vocabulary)
                     if row.done:
                         return
             raise EngineError("vLLM ended its answer without saying why")  # noqa: TRY301
@@ -297,64 +295,3 @@ def _end_ids(model: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     own = config.get("eos_token_id")
     found = {own} if isinstance(own, int) else set(own or ())
     return frozenset(found | {int(tokenizer.eos_token_id)})
-
-
-def _body(request: GenerationRequest, name: str, end_ids: frozenset[int]) -> dict[str, Any]:
-    """The request as vLLM's `/v1/completions` takes it."""
-    return {
-        "model": name,
-        "prompt": list(request.prompt_ids),
-        "max_tokens": request.max_new_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "seed": request.seed,
-        "stop": list(request.stop),
-        "stop_token_ids": sorted(end_ids),
-        "stream": True,
-        "return_token_ids": True,
-        "logprobs": request.logprobs,
-        "return_tokens_as_token_ids": True,
-    }
-
-
-async def _choices(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
-    """The choices of a stream of server-sent events.
-
-    Raises:
-        EngineError: If the stream tells of an error.
-    """
-    async for line in lines:
-        if not line.startswith("data: ") or line == "data: [DONE]":
-            continue
-        chunk = json.loads(line.removeprefix("data: "))
-        if "error" in chunk:
-            raise error_of(chunk["error"].get("code", 500), line.removeprefix("data: ").encode())
-        for choice in chunk["choices"]:
-            yield choice
-
-
-def _take(row: Row, choice: dict[str, Any], end_ids: frozenset[int], vocabulary: int) -> None:
-    """Give a row what one chunk says."""
-    asked = row.request.logprobs is not None
-    for index, token in enumerate(choice.get("token_ids") or ()):
-        if not row.done:
-            row.take(token, end_ids, _logits(choice["logprobs"], index, vocabulary) if asked else None)
-    reason = choice.get("finish_reason")
-    if reason and not row.done:
-        if reason not in {"stop", "length"}:
-            raise EngineError(f"vLLM ended the answer: {reason}")
-        row.finish(reason)
-
-
-def _logits(told: dict[str, Any], index: int, vocabulary: int) -> torch.Tensor:
-    """Logits that give the log-probabilities that vLLM tells of one token, which are few.
-
-    What is left is shared out evenly, which puts no token before one that is told.
-    """
-    known = {told["tokens"][index]: told["token_logprobs"][index], **(told["top_logprobs"][index] or {})}
-    ids = [int(name.removeprefix("token_id:")) for name in known]
-    values = torch.tensor(list(known.values()), dtype=torch.float64)
-    left = max(1 - float(values.exp().sum()), 1e-12)
-    logits = torch.full((vocabulary,), math.log(left / max(vocabulary - len(ids), 1)), dtype=torch.float64)
-    logits[ids] = values
-    return logits
