@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import hypothesis
+import jsonschema
 import openai
 import pytest
 import schemathesis
@@ -147,3 +150,44 @@ def test_valid_requests_are_answered_as_declared(here: Here, path: str, body: ty
 
     tried()
     assert statuses[201 if path == "/v1/feedback" else 200] >= 5
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "event"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 2},
+            "ChatCompletionChunk",
+        ),
+        ("/v1/completions", {"prompt": ["x", "y"], "logprobs": 2}, "Completion"),
+    ],
+)
+@pytest.mark.parametrize("plain", [False, True])
+def test_events_of_a_stream_are_as_declared(
+    here: Here, path: str, asked: dict[str, Any], event: str, plain: bool
+) -> None:
+    if plain:
+        asked = {name: value for name, value in asked.items() if "logprobs" not in name}
+    body = {"model": "support", **asked, "n": 2, "stream": True, "stream_options": {"include_usage": True}}
+    answer = httpx.post(f"{here.url}{path}", json=body, timeout=60)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *events, done = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    assert done == "[DONE]"
+    document = here.document.raw_schema
+    schema = {"$ref": f"#/components/schemas/{event}", "components": document["components"]}
+    for text in events:
+        jsonschema.validate(json.loads(text), schema)
+    assert [json.loads(text)["usage"] is not None for text in events] == [False] * (len(events) - 1) + [True]
+
+
+def test_a_bug_is_an_error_without_a_traceback(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: Any) -> None:
+        raise RuntimeError("where the secret is")
+
+    monkeypatch.setattr("serving.endpoint.read_prompts", broken)
+    answer = httpx.post(f"{here.url}/v1/completions", json={"model": "support", "prompt": "x"})
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert "secret" not in answer.text and "Traceback" not in answer.text
+    health = httpx.get(f"{here.url}/health").json()
+    assert all(version["requests"] == 0 for version in health["loaded"])
