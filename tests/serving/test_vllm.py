@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import os
 import shutil
@@ -39,6 +41,7 @@ from serving.engines.base import (
 )
 from serving.engines.static import StaticEngine
 from serving.engines.vllm import VllmEngine, VllmServer
+from serving.engines.vllm_prompts import VirtualTokens
 from serving.engines.vllm_support import NotForVllmError, require_plain_lora, vllm_serves
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
@@ -370,6 +373,20 @@ def test_versions_that_vllm_cannot_mix_take_servers_of_their_own(
         with pytest.raises(NotForVllmError, match=f"and this one is for {of.takes}"):
             VllmEngine(of, method, "m-2", folder)
     assert ask(fake_lora.process.url)["loaded"] == {}
+
+
+def test_virtual_tokens_stand_before_the_rows_of_the_base(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    virtual = VirtualTokens(adapters["prompt_tuning"], tiny_model, "float32")
+    sent = torch.load(io.BytesIO(base64.b64decode(virtual.before([7, 9, 7]))), weights_only=True)
+    model: Any = ZERO_SHOT.load(tiny_model, None, "float32", "cpu")
+    assert sent.shape == (virtual.count + 3, 64)
+    assert torch.equal(sent[-3:], model.get_input_embeddings()(torch.tensor([7, 9, 7])))
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma3_text"}))
+    with pytest.raises(NotForVllmError, match="gemma3_text"):
+        VirtualTokens(adapters["prompt_tuning"], tmp_path, "float32")
 
 
 @pytest.mark.parametrize(
