@@ -12,21 +12,11 @@ from regraft.personal_data import KINDS
 from regraft.section import Section
 
 
-class ServeSection(Section):
-    """The endpoint."""
+class LimitsSection(Section):
+    """How much may be asked within a minute; null is without a bound."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    max_batch: int = Field(16, ge=1, description="Requests answered together.")
-    max_queued: int = Field(
-        64, ge=1, description="Requests waiting beyond those being answered; more get 429."
-    )
-    max_new_tokens: int = Field(256, ge=1, description="Upper bound on what one request may ask for.")
-    poll_seconds: float = Field(1.0, gt=0, description="How often the champion alias is looked up.")
-    num_cpus: float = Field(
-        1, ge=0, description="Cores reserved for the endpoint; 0 shares them with trials."
-    )
-    num_gpus: float = Field(0, ge=0)
+    requests_per_minute: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1, description="Of prompts and answers together.")
 
 
 #: Where vLLM listens, what it serves and who may ask is not for its user to say: a second mention would win.
@@ -155,3 +145,83 @@ class CaptureSection(Section):
         path = Path(value).expanduser()
         folder = (info.context or {}).get("folder")
         return str(path if path.is_absolute() or folder is None else Path(folder) / path)
+
+
+class ServeSection(Section):
+    """The endpoint."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    max_batch: int = Field(16, ge=1, description="Requests answered together.")
+    max_queued: int = Field(
+        64, ge=1, description="Requests waiting beyond those being answered; more get 429."
+    )
+    max_new_tokens: int = Field(256, ge=1, description="Upper bound on what one request may ask for.")
+    request_timeout_seconds: float = Field(
+        300.0, gt=0, description="How long an answer may take; then it is given up, with 504."
+    )
+    poll_seconds: float = Field(0.5, gt=0, description="How often the aliases are looked up.")
+    num_cpus: float = Field(
+        1, ge=0, description="Cores reserved for each engine replica; 0 shares them with trials."
+    )
+    num_gpus: float = Field(0, ge=0, description="GPUs of each engine replica.")
+    min_replicas: int = Field(1, ge=1, description="Engine replicas there always are.")
+    max_replicas: int = Field(
+        1, ge=1, description="Engine replicas there may be; more than the least of them: as requests ask."
+    )
+    gateways: int = Field(
+        1, ge=1, description="Processes that take requests in; with several, each counts limits of its own."
+    )
+    canary: float = Field(
+        0.0, ge=0, le=1, description="Share of sessions that the version with the alias challenger answers."
+    )
+    shadow: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of sessions that the version with the alias shadow answers too, unseen, for the "
+        "captures alone.",
+    )
+    shadow_max_running: int = Field(
+        4, ge=1, description="Requests that the shadow answers at once; others are dropped and counted."
+    )
+    pinned: tuple[int, ...] = Field(
+        (), description="Versions that are loaded from the beginning, and stay, beside those with an alias."
+    )
+    keep_versions: int = Field(
+        2,
+        ge=0,
+        description="Versions without a role, former champions for instance, that stay loaded until others "
+        "want their places.",
+    )
+    capture: CaptureSection = CaptureSection()
+    vllm: VllmSection = VllmSection()
+
+    @model_validator(mode="after")
+    def _bounds(self) -> ServeSection:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas: {self.max_replicas} is less than min_replicas, {self.min_replicas}; raise it"
+            )
+        return self
+
+    @property
+    def followed(self) -> tuple[str, ...]:
+        """Aliases whose versions are loaded, the champion's first."""
+        optional = (("challenger", self.canary), ("shadow", self.shadow))
+        return ("champion", *(alias for alias, share in optional if share > 0))
+
+    keys: Path | None = Field(
+        None, description="File with the API keys (`regraft keys create`); null: anybody here may ask."
+    )
+    open: bool = Field(False, description="Let anybody ask, from other machines too, when `keys` is null.")
+    limits: LimitsSection = Field(
+        LimitsSection(),
+        description="For a key that has none of its own, in each process; without keys, for all together.",
+    )
+
+    @field_validator("keys")
+    @classmethod
+    def _keys_beside_the_yaml(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        folder = (info.context or {}).get("folder")
+        return value if value is None or folder is None else Path(folder) / value.expanduser()
