@@ -10,7 +10,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serving.engines.base import EngineClosedError, EngineError, TextDelta
+from serving.engines.base import (
+    EngineClosedError,
+    EngineError,
+    EngineTimeoutError,
+    QueueFullError,
+    TextDelta,
+)
 from serving.exchange import Exchange
 from serving.openai_api import ApiError, ChatRequest, CompletionRequest
 from serving.replies import Choice, Counts, Reply, sse
@@ -79,11 +85,17 @@ class Answer:
                 exchange.close()
             self._table.release(loaded)
 
+    def withdraw(self) -> None:
+        """Cancel all of it without a capture: the request was refused."""
+        for exchange in self.exchanges:
+            exchange.withdraw()
+
     async def whole(self) -> Response:
         """The answer in one piece, when all of it is there.
 
         Raises:
             EngineError: If a choice fails.
+            QueueFullError: If the engine does not take one on.
         """
         async for _ in _merged(self.exchanges):
             pass
@@ -95,6 +107,7 @@ class Answer:
 
         Raises:
             EngineError: If generation fails before.
+            QueueFullError: If the engine does not take it on.
         """
         await self.exchanges[0].ready()
 
@@ -109,7 +122,7 @@ class Answer:
                     yield sse(self._reply.delta(index, delta.text, delta.tokens))
                 else:
                     yield sse(self._reply.end(index, str(self.exchanges[index].finish_reason)))
-        except EngineError as error:  # too late for a status: the stream says it
+        except (EngineError, QueueFullError) as error:  # too late for a status: the stream says it
             yield sse(engine_error(error).body)
             return
         if self._usage:
@@ -143,8 +156,12 @@ async def _merged(exchanges: Sequence[Exchange]) -> AsyncIterator[tuple[int, Tex
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
-def engine_error(error: EngineError) -> ApiError:
+def engine_error(error: EngineError | QueueFullError) -> ApiError:
     """How the failure of an engine is told."""
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), code="queue_full", retry_after=error.retry_after)
+    if isinstance(error, EngineTimeoutError):
+        return ApiError(504, str(error), code="timeout")
     if isinstance(error, EngineClosedError):
         return ApiError(503, str(error), code="model_unavailable", retry_after=1)
     return ApiError(500, str(error), code="engine_error")

@@ -1,95 +1,122 @@
-"""The endpoint on Ray Serve.
+"""The endpoint on Ray Serve: gateways, which take requests in, before replicas, which hold the models.
 
-A thin wrapper: the application itself (`serving.endpoint`) knows no Ray. Each replica follows the champion
-alias on its own and holds its own engines.
+`build_app` is what a Serve config names: `import_path: serving.app:build_app`, with `EndpointSettings` as its
+arguments.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
 
-from regraft.config import NAME_PATTERN, ServeSection
-from regraft.data.captures import CaptureStore
-from regraft.methods.base import DTypeName
-from regraft.records import ModelVersion
-from serving.endpoint import create_app
-from serving.engines.base import Engine, EngineLimits
-from serving.exchange import CaptureLog
-from serving.loading import load_engine
-from serving.router import VersionTable
+from serving.gateway import create_gateway
+from serving.remote import RemoteEngines
+from serving.replica import EngineReplica
+from serving.settings import EndpointSettings
+
+__all__ = ["APP_NAME", "EndpointSettings", "build_app", "delete", "deploy", "serve_config"]
 
 APP_NAME = "regraft"
 
-#: Requests a replica takes beyond those it answers or queues: Ray would let them wait at its proxy without
-#: a bound, while here they get their 429, and /health still gets through when the queue is full.
+#: Requests a gateway takes beyond those that replicas answer or that wait: Ray would let them wait at its
+#: proxy without a bound, while here they get their 429, and /health still gets through.
 _HEADROOM = 64
 
-
-class EndpointSettings(BaseModel):
-    """All that a replica needs to know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(pattern=NAME_PATTERN, description="The registered model to serve.")
-    tracking_uri: str = Field(description="Where MLflow is.")
-    cache: Path = Field(description="Where the files of registered versions are kept.")
-    captures: Path = Field(description="The capture spool.")
-    dtype: DTypeName = "bfloat16"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    serve: ServeSection = ServeSection()
-
-
-def create_endpoint(settings: EndpointSettings) -> FastAPI:
-    """Make the application that a replica runs, on the registry that the settings name."""
-    from regraft.tracking.registry import Registry
-
-    section = settings.serve
-    limits = EngineLimits(section.max_batch, section.max_queued, threads=max(1, int(section.num_cpus)))
-
-    def load(version: ModelVersion, folder: Path) -> Engine:
-        return load_engine(version, folder, dtype=settings.dtype, device=settings.device, limits=limits)
-
-    table = VersionTable(
-        Registry(settings.tracking_uri, settings.cache),
-        load,
-        name=settings.name,
-        poll_seconds=section.poll_seconds,
-    )
-    log = CaptureLog(CaptureStore(settings.captures))
-    return create_app(table, log, max_new_tokens=section.max_new_tokens)
+#: Ray runs the code of a deployment and its routing in threads of their own, so that code that blocks does no
+#: harm. Ours does not block, and each change of threads costs an answer half a millisecond.
+_ENVIRONMENT = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 
 
 @serve.ingress()
-class Endpoint:
-    """A replica."""
+class Gateway:
+    """A replica of the gateway.
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    Args:
+        settings: As `EndpointSettings` dumps itself.
+        engines: The deployment that holds the models.
+    """
+
+    def __init__(self, settings: dict[str, Any], engines: DeploymentHandle[Any]) -> None:
         self._settings = EndpointSettings.model_validate(settings)
+        self._engines = engines
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray (the name is its own) after the constructor, in the replica."""
-        return create_endpoint(self._settings)
+        from regraft.tracking.registry import Registry
+
+        engines = RemoteEngines(self._engines)
+        registry = Registry(self._settings.tracking_uri, self._settings.cache)
+        return create_gateway(self._settings, registry, engines.load, engines.keep)
 
 
 def build_app(settings: EndpointSettings) -> Application:
     """Describe the endpoint for Ray Serve, without running it."""
     section = settings.serve
-    deployment = serve.deployment(
-        Endpoint,
-        num_replicas=1,
-        max_ongoing_requests=section.max_batch + section.max_queued + _HEADROOM,
-        ray_actor_options={"num_cpus": section.num_cpus, "num_gpus": section.num_gpus},
+    arguments = settings.model_dump(mode="json")
+    replicas: dict[str, Any] = {"num_replicas": section.min_replicas}
+    if section.max_replicas > section.min_replicas:
+        replicas = {
+            "num_replicas": None,
+            "autoscaling_config": {
+                "min_replicas": section.min_replicas,
+                "max_replicas": section.max_replicas,
+                # A replica is as fast as it gets when its batch is full: beyond that they wait.
+                "target_ongoing_requests": section.max_batch,
+            },
+        }
+    engines = serve.deployment(
+        EngineReplica,
+        name="Engines",
+        max_ongoing_requests=section.max_batch,
+        max_queued_requests=section.max_queued,
+        ray_actor_options={
+            "num_cpus": section.num_cpus,
+            "num_gpus": section.num_gpus,
+            "runtime_env": {"env_vars": _ENVIRONMENT},
+        },
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=60,
+        graceful_shutdown_timeout_s=section.request_timeout_seconds,
+        **replicas,
     )
-    application: Application = deployment.bind(settings.model_dump(mode="json"))
+    gateway = serve.deployment(
+        Gateway,
+        num_replicas=section.gateways,
+        max_ongoing_requests=section.max_batch * section.max_replicas + section.max_queued + _HEADROOM,
+        # It waits for others most of the time: it takes no core of a small machine away from them.
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}},
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=section.request_timeout_seconds,
+    )
+    application: Application = gateway.bind(arguments, engines.bind(arguments))
     return application
+
+
+def serve_config(settings: EndpointSettings, *, host: str, port: int) -> dict[str, Any]:
+    """The endpoint as a config for `serve deploy`.
+
+    Args:
+        settings: What to serve.
+        host: Address to listen on.
+        port: Port to listen on.
+    """
+    return {
+        "http_options": {"host": host, "port": port},
+        "applications": [
+            {
+                "name": APP_NAME,
+                "route_prefix": "/",
+                "import_path": "serving.app:build_app",
+                "args": settings.model_dump(mode="json", exclude_defaults=True),
+            }
+        ],
+    }
 
 
 def deploy(settings: EndpointSettings, *, host: str, port: int) -> None:

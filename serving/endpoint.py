@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -23,7 +25,8 @@ from serving.exchange import Asked, CaptureLog, Exchange, Observer
 from serving.openai_api import ApiError, ChatRequest, CompletionRequest, FeedbackRequest, parse_request
 from serving.prompts import read_prompts
 from serving.replies import model_card
-from serving.router import UnknownModelError, VersionTable
+from serving.router import SHADOW, UnknownModelError, VersionTable
+from serving.shadow import Shadow
 from serving.shelf import Loaded, PinnedBusyError, UnavailableError
 
 MAX_BODY = 1 << 20
@@ -42,12 +45,18 @@ class _Endpoint:
         max_new_tokens: int,
         observer: Observer | None,
         feedback: FeedbackStore | None,
+        shadow: Shadow | None,
+        timeout_seconds: float | None,
+        state: Callable[[], dict[str, Any]],
     ) -> None:
         self._table = table
         self._log = log
         self._max_new_tokens = max_new_tokens
         self._observer = observer
         self._feedback = feedback
+        self._shadow = shadow
+        self._timeout_seconds = timeout_seconds
+        self._state = state
         self._started = int(time.time())
 
     async def chat(self, request: Request) -> Response:
@@ -99,21 +108,26 @@ class _Endpoint:
                 "dropped": self._log.dropped,
                 "last_error": self._log.last_error,
             },
+            **({"shadow_dropped": self._shadow.dropped} if self._shadow else {}),
+            **self._state(),
         }
         return JSONResponse(state, status_code=200 if up else 503)
 
     async def _answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
-        loaded = await _api_errors(self._table.acquire(body.model))
+        key = _key(request)
+        loaded = await _api_errors(self._table.acquire(body.model, body.user or key))
         answer = Answer(self._table, loaded, body)
         streaming = False
         try:
-            await self._submit(answer, loaded, body, _key(request))
+            await self._submit(answer, loaded, body, key)
             if not body.stream:
                 return await _while_connected(request, answer.whole())
             await _while_connected(request, answer.ready())
             streaming = True
             return EventStream(answer.streamed(), answer.close, answer.headers)
-        except EngineError as error:
+        except (EngineError, QueueFullError) as error:
+            if isinstance(error, QueueFullError):
+                answer.withdraw()
             raise engine_error(error) from error
         except _ClientGoneError:
             return Response(status_code=499)
@@ -127,34 +141,51 @@ class _Endpoint:
         wanted = self._wanted(body)
         prompts = await read_prompts(loaded.engine, body)
         several = len(prompts) * body.choices > 1
-        try:
-            for index in range(len(prompts) * body.choices):
-                prompt, choice = prompts[index // body.choices], index % body.choices
-                asked = Asked(
-                    id=f"{answer.id}-{index}" if several else answer.id,
-                    version=loaded.version,
-                    messages=prompt.messages,
-                    parameters=body.parameters,
-                    session=body.user,
-                    stream=body.stream,
-                    key=key,
-                    choice=index,
-                )
-                request = GenerationRequest(
-                    prompt_ids=prompt.ids,
-                    max_new_tokens=min(wanted, loaded.engine.context_length - len(prompt.ids)),
-                    temperature=body.temperature or 0.0,
-                    top_p=1.0 if body.top_p is None else body.top_p,
-                    seed=body.seed_of(choice),
-                    stop=body.stops,
-                    logprobs=body.likeliest,
-                )
-                exchange = Exchange(asked, request, loaded.engine, self._log, self._observer)
-                answer.exchanges.append(exchange)
-        except QueueFullError as error:
-            for exchange in answer.exchanges:
-                exchange.withdraw()
-            raise ApiError(429, str(error), code="queue_full", retry_after=error.retry_after) from error
+        for index in range(len(prompts) * body.choices):
+            prompt, choice = prompts[index // body.choices], index % body.choices
+            asked = Asked(
+                id=f"{answer.id}-{index}" if several else answer.id,
+                version=loaded.version,
+                messages=prompt.messages,
+                parameters=body.parameters,
+                session=body.user,
+                stream=body.stream,
+                key=key,
+                choice=index,
+                variant=self._table.role(loaded),
+            )
+            request = GenerationRequest(
+                prompt_ids=prompt.ids,
+                max_new_tokens=min(wanted, loaded.engine.context_length - len(prompt.ids)),
+                temperature=body.temperature or 0.0,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                seed=body.seed_of(choice),
+                stop=body.stops,
+                logprobs=body.likeliest,
+                whole=not body.stream,
+            )
+            answer.exchanges.append(self._exchange(asked, request, loaded))
+            if self._shadow:
+                self._shadow.mirror(body.user or asked.id, partial(self._shadowed, asked, request))
+
+    def _exchange(self, asked: Asked, request: GenerationRequest, loaded: Loaded) -> Exchange:
+        return Exchange(asked, request, loaded.engine, self._log, self._observer, self._timeout_seconds)
+
+    def _shadowed(self, asked: Asked, request: GenerationRequest, loaded: Loaded) -> Exchange:
+        """The same for a version that nobody sees."""
+        engine, ids = loaded.engine, request.prompt_ids
+        if loaded.version.base_revision != asked.version.base_revision:  # its tokens are others
+            texts = [m.content for m in asked.messages]
+            plain = asked.id.startswith("cmpl-")
+            ids = tuple(engine.encode_text(texts[0]) if plain else engine.encode_chat(asked.messages))
+        room = engine.context_length - len(ids)
+        if room < 1:
+            raise EngineError("the prompt is too long for it")
+        asked = replace(asked, id=f"{asked.id}-shadow", version=loaded.version, variant=SHADOW, stream=False)
+        most = min(request.max_new_tokens, room)
+        return self._exchange(
+            asked, replace(request, prompt_ids=ids, max_new_tokens=most, whole=True), loaded
+        )
 
     def _wanted(self, body: ChatRequest | CompletionRequest) -> int:
         """How long an answer may be, in tokens."""
@@ -178,6 +209,9 @@ def create_app(
     max_new_tokens: int,
     observer: Observer | None = None,
     feedback: FeedbackStore | None = None,
+    shadow: Shadow | None = None,
+    timeout_seconds: float | None = None,
+    state: Callable[[], dict[str, Any]] = dict,
 ) -> FastAPI:
     """Make the application. Its lifespan starts and stops the table.
 
@@ -187,6 +221,9 @@ def create_app(
         max_new_tokens: Upper bound on what one request may ask for.
         observer: Is told of each exchange as it goes.
         feedback: Where feedback is kept; without it there is no `/v1/feedback`.
+        shadow: Mirrors requests to a version that nobody sees.
+        timeout_seconds: How long an answer may take.
+        state: More for `/health` to tell.
     """
 
     @asynccontextmanager
@@ -195,13 +232,15 @@ def create_app(
         try:
             yield
         finally:
+            if shadow:
+                await shadow.close()
             await table.stop()
             log.close()
             if feedback:
                 feedback.close()
 
     app = FastAPI(title="Regraft endpoint", lifespan=lifespan)
-    endpoint = _Endpoint(table, log, max_new_tokens, observer, feedback)
+    endpoint = _Endpoint(table, log, max_new_tokens, observer, feedback, shadow, timeout_seconds, state)
     # Bodies are read by hand, for the size limit and the shape of errors; the document shows them still.
     app.add_api_route(
         "/v1/chat/completions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -14,8 +15,11 @@ from regraft.records import CapturedExchange, Message, ModelVersion
 from serving.engines.base import (
     Engine,
     EngineError,
+    EngineTimeoutError,
+    Event,
     Finished,
     GenerationRequest,
+    QueueFullError,
     TextDelta,
     TokenLogprob,
 )
@@ -35,8 +39,7 @@ class CaptureLog:
     def append(self, exchange: CapturedExchange) -> None:
         """Keep an exchange if at all possible."""
         try:
-            self._store.append(exchange)
-            self.written += 1
+            self.written += self._store.append(exchange)
         except OSError as error:
             self.dropped += 1
             self.last_error = str(error)
@@ -111,6 +114,7 @@ class Exchange:
         engine: Engine,
         log: CaptureLog,
         observer: Observer | None = None,
+        timeout_seconds: float | None = None,
     ) -> None:
         self.finish_reason: str | None = None
         self.prompt_tokens = len(request.prompt_ids)
@@ -123,6 +127,8 @@ class Exchange:
         self._pending: TextDelta | None = None
         self._created = datetime.now(UTC)
         self._begun = time.perf_counter()
+        self._timeout_seconds = timeout_seconds
+        self._deadline = timeout_seconds and asyncio.get_running_loop().time() + timeout_seconds
         self._first: float | None = None
         self._last = self._begun
         self._ended = False
@@ -152,7 +158,8 @@ class Exchange:
         """More of the answer, or None at its end.
 
         Raises:
-            EngineError: If generation fails.
+            EngineError: If generation fails or takes too long.
+            QueueFullError: If the engine takes no more requests.
         """
         pending, self._pending = self._pending, None
         return pending or await self._receive()
@@ -175,7 +182,10 @@ class Exchange:
         if self._ended:
             return None
         try:
-            event = await anext(self._events)
+            event = await self._event()
+        except QueueFullError:
+            self._end("withdrawn", captured=False)
+            raise
         except EngineError as error:
             self._end("error", str(error))
             raise
@@ -189,6 +199,16 @@ class Exchange:
         self.completion_tokens = event.completion_tokens
         self._end(event.reason)
         return None
+
+    async def _event(self) -> Event:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await anext(self._events)
+        except TimeoutError as error:
+            self._events.cancel()
+            raise EngineTimeoutError(
+                f"the answer took more than {self._timeout_seconds:g} seconds"
+            ) from error
 
     def _measure(self) -> None:
         now, version = time.perf_counter(), self._asked.version

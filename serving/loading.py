@@ -14,6 +14,8 @@ from regraft.methods.base import DTypeName
 from regraft.models import ResolvedModel
 from regraft.records import ModelVersion
 from serving.engines.base import Engine, EngineLimits
+from serving.settings import EndpointSettings
+from serving.shelf import Loader, VersionFiles, in_process
 
 if TYPE_CHECKING:
     from serving.engines.slots import SlotsBase
@@ -49,6 +51,22 @@ class Bases:
 
 
 _BASES = Bases()
+
+
+def make_loader(settings: EndpointSettings, files: VersionFiles) -> Loader:
+    """How a process that holds models loads a version.
+
+    Args:
+        settings: Of the endpoint.
+        files: The registry.
+    """
+
+    def load(version: ModelVersion, folder: Path) -> Engine:
+        return load_engine(
+            version, folder, dtype=settings.dtype, device=settings.device, limits=settings.limits
+        )
+
+    return in_process(files, load)
 
 
 def load_engine(

@@ -230,8 +230,9 @@ _PROBLEMS = {
     429: "Too many requests; try again after `Retry-After` seconds.",
     500: "The endpoint has failed; its log says why.",
     503: "No model can answer now; try again after `Retry-After` seconds.",
+    504: "The answer took too long.",
 }
-_BODIED = (400, 401, 403, 404, 413, 415, 429, 500, 503)
+_BODIED = (400, 401, 403, 404, 413, 415, 429, 500, 503, 504)
 
 
 def responses(

@@ -15,7 +15,7 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from regraft.config import NAME_PATTERN
 from regraft.errors import ModelError
@@ -25,8 +25,7 @@ from serving.shelf import Loaded, Shelf, UnavailableError, brief
 logger = logging.getLogger(__name__)
 
 CHAMPION, CHALLENGER, SHADOW = "champion", "challenger", "shadow"
-Alias = Literal["champion", "challenger", "shadow"]
-_ALIASES: tuple[Alias, ...] = (CHAMPION, CHALLENGER, SHADOW)
+_ALIASES = (CHAMPION, CHALLENGER, SHADOW)
 _MODEL = re.compile(rf"({NAME_PATTERN[1:-1]})(?:@({'|'.join(_ALIASES)})|/([1-9][0-9]{{0,8}}))?")
 
 
@@ -76,7 +75,7 @@ class VersionTable:
         self._pinned = tuple(pinned)
         followed = {CHAMPION: True, CHALLENGER: canary > 0, SHADOW: shadow}
         self._followed = tuple(alias for alias in _ALIASES if followed[alias])
-        self._named: dict[Alias, Loaded] = {}
+        self._named: dict[str, Loaded] = {}
         self._registry_error: str | None = None
         self._registry_down = False
         self._follower: asyncio.Task[None] | None = None
@@ -114,6 +113,15 @@ class VersionTable:
                 await self._follower
         self._named = {}
         await self._shelf.close()
+
+    @asynccontextmanager
+    async def held(self, loaded: Loaded) -> AsyncIterator[None]:
+        """Hold a loaded version for as long as the context lasts."""
+        self._shelf.hold(loaded)
+        try:
+            yield
+        finally:
+            self._shelf.release(loaded)
 
     @asynccontextmanager
     async def lease(self, model: str, who: str | None = None) -> AsyncIterator[Loaded]:
@@ -154,7 +162,7 @@ class VersionTable:
         """What a version is at the moment: its alias, or `pinned`."""
         return next((alias for alias, named in self._named.items() if named is loaded), "pinned")
 
-    def parse(self, model: str) -> tuple[Alias | None, int | None]:
+    def parse(self, model: str) -> tuple[str | None, int | None]:
         """The alias or the number of the version that a client asks for; neither if any will do.
 
         Raises:
@@ -167,8 +175,7 @@ class VersionTable:
                 f"there is no model {model[:80]!r}; this endpoint serves {self.name!r}, also as "
                 f"{aliases} or '{self.name}/<version>'"
             )
-        alias = next((alias for alias in self._followed if alias == match[2]), None)
-        return alias, int(match[3]) if match[3] else None
+        return match[2], int(match[3]) if match[3] else None
 
     async def find(self, model: str) -> ModelVersion:
         """The version that `model` names, whether loaded or not.
@@ -236,7 +243,7 @@ class VersionTable:
                 self._named.pop(alias, None)
         self._keep()
 
-    async def _switch(self, alias: Alias, number: int) -> None:
+    async def _switch(self, alias: str, number: int) -> None:
         named = self._named.get(alias)
         if named and named.version.version == number:
             return
@@ -252,7 +259,7 @@ class VersionTable:
     def _keep(self, *more: int) -> None:
         self._shelf.keep({*self._pinned, *(named.version.version for named in self._named.values()), *more})
 
-    def _drawn(self, who: str | None) -> Alias:
+    def _drawn(self, who: str | None) -> str:
         """The alias that answers somebody who asks for no version."""
         challenger = self._named.get(CHALLENGER)
         if challenger is None or not self._canary:

@@ -60,13 +60,22 @@ class Shelf:
 
     Args:
         load: Makes an engine.
+        told: Is told which versions have a role, whenever that is said.
         spare: Versions without a role that may be loaded beside those that have one.
         retry_seconds: How long a version that failed to load is left alone at first; twice as long each
             time it fails again, up to a minute.
     """
 
-    def __init__(self, load: Loader, *, spare: int = 2, retry_seconds: float = 1.0) -> None:
+    def __init__(
+        self,
+        load: Loader,
+        *,
+        told: Callable[[frozenset[int]], None] | None = None,
+        spare: int = 2,
+        retry_seconds: float = 1.0,
+    ) -> None:
         self._load = load
+        self._told = told
         self._spare = spare
         self._retry_seconds = retry_seconds
         self._loaded: dict[int, Loaded] = {}
@@ -95,6 +104,8 @@ class Shelf:
         for number in self._kept.difference(numbers) & self._loaded.keys():
             self._loaded[number].used = time.monotonic()  # what has just lost its role is no old thing
         self._kept = frozenset(numbers)
+        if self._told:
+            self._told(self._kept)
         self._trim(self._spare)
 
     def hold(self, loaded: Loaded) -> Loaded:

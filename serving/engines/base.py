@@ -28,6 +28,7 @@ class GenerationRequest:
         stop: The answer ends before the first of these.
         logprobs: How many of the likeliest tokens to tell beside each generated one, with their
             log-probabilities; 0 tells the generated ones alone, None tells nothing.
+        whole: Nobody looks at the answer before its end, so that it may come in one piece.
     """
 
     prompt_ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class GenerationRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class EngineError(Exception):
 
 class EngineClosedError(EngineError):
     """The engine was closed while, or before, this request was answered."""
+
+
+class EngineTimeoutError(EngineError):
+    """The answer took longer than it may."""
 
 
 class QueueFullError(Exception):
@@ -154,7 +160,8 @@ class Engine(ABC):
         """Take on a request; call from a running event loop.
 
         Returns:
-            Its events: text deltas, then one `Finished`. An `EngineError` is raised from the iterator.
+            Its events: text deltas, then one `Finished`. An `EngineError` is raised from the iterator, and
+            a `QueueFullError` before the first event if only then it shows that too many wait.
 
         Raises:
             QueueFullError: If too many requests are waiting.

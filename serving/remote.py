@@ -1,0 +1,220 @@
+"""The engines of another deployment, as the gateway sees them.
+
+A replica that is lost takes with it what it was saying; where it had said nothing yet, another is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    RequestCancelledError,
+)
+from ray.serve.handle import DeploymentHandle
+
+from regraft.records import ModelVersion
+from serving.engines.base import (
+    EngineClosedError,
+    EngineError,
+    Event,
+    GenerationRequest,
+    QueueFullError,
+    Stream,
+    TextDelta,
+)
+from serving.engines.rows import OwnEngine
+from serving.replica import Failed, Prepared, Said
+from serving.shelf import UnavailableError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+#: How often a request that has said nothing yet is asked of another replica.
+_TRIES = 4
+_LOST = (RayActorError, ReplicaUnavailableError)
+
+
+class RemoteStream(Stream):
+    """One request to whichever replica takes it.
+
+    Args:
+        ask: Begins to ask; gives what comes.
+        who: The version, for messages.
+    """
+
+    def __init__(self, ask: Callable[[], Any], who: str) -> None:
+        self._ask, self._who = ask, who
+        self._response: Any = None
+        self._here: deque[Event | Failed] = deque()
+        self._tries = 0
+        self._said = self._over = False
+
+    async def __anext__(self) -> Event:
+        while not self._here:
+            if self._over:
+                raise StopAsyncIteration
+            self._here.extend(await self._more())
+        event = self._here.popleft()
+        if isinstance(event, Failed):
+            self._over = True
+            raise _error(event)
+        self._said = True
+        self._over = not isinstance(event, TextDelta) and not self._here
+        return event
+
+    def cancel(self) -> None:
+        """Want no more of it."""
+        self._here.clear()
+        if self._response is not None and not self._over:
+            self._response.cancel()
+        self._over = True
+
+    async def _more(self) -> Said:
+        while True:
+            if self._response is None:
+                self._tries += 1
+                self._response = self._ask()
+            try:
+                said: Said = await anext(self._response)
+            except StopAsyncIteration:
+                raise EngineError(f"{self._who}: the answer ended before its end") from None
+            except BackPressureError as error:
+                self._over = True
+                raise QueueFullError("as many requests wait as may wait; try again later") from error
+            except RequestCancelledError as error:
+                self._over = True
+                raise EngineClosedError("the request was cancelled") from error
+            except _LOST as error:
+                if self._said or self._tries >= _TRIES or self._over:
+                    self._over = True
+                    raise EngineClosedError(f"{self._who}: the replica that answered was lost") from error
+                logger.warning("%s: a replica was lost before it said anything; asking another", self._who)
+                self._response = None
+            except (DeploymentUnavailableError, RayTaskError) as error:
+                self._over = True
+                logger.exception("%s: no answer", self._who)
+                raise EngineClosedError(f"{self._who} cannot answer now") from error
+            else:
+                return said
+
+
+class RemoteEngine(OwnEngine):
+    """A version that the replicas have loaded. Chats become token ids here, which spares the replicas that.
+
+    Args:
+        version: The version.
+        prepared: What the replicas say of it.
+        tokenizer: Its base's.
+        handle: Of the deployment, for streams of `generate`.
+    """
+
+    def __init__(
+        self,
+        version: ModelVersion,
+        prepared: Prepared,
+        tokenizer: PreTrainedTokenizerBase,
+        handle: DeploymentHandle[Any],
+    ) -> None:
+        super().__init__(tokenizer, threading.Lock())
+        self.context_length, self.vocabulary = prepared.context_length, prepared.vocabulary
+        self._version, self._handle = version, handle
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        """Take on a request; that as many wait as may wait shows when the stream is read."""
+        return RemoteStream(
+            lambda: self._handle.remote(self._version.version, request), self._version.served_id
+        )
+
+    def close(self) -> None:
+        """Do nothing: the replicas let a version go when they want its place."""
+
+
+class RemoteEngines:
+    """Loads versions on all replicas of the engine deployment.
+
+    Args:
+        handle: Of the deployment.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._generate = handle.options(method_name="generate", stream=True)
+        self._kept: tuple[int, ...] = ()
+        self._telling: set[asyncio.Task[None]] = set()
+
+    async def load(self, version: ModelVersion) -> RemoteEngine:
+        """Have a version loaded on every replica that runs; those that come later load it by themselves.
+
+        Raises:
+            UnavailableError: If a replica cannot load it, with its reason.
+        """
+        from regraft.models import load_tokenizer, resolve_trained_on
+
+        base = await asyncio.to_thread(
+            resolve_trained_on, version.base_model, version.base_revision, version.served_id
+        )
+        tokenizer = await asyncio.to_thread(load_tokenizer, base.path)
+        kept = tuple(sorted({*self._kept, version.version}))
+        found: list[Any] = []
+        while not found:
+            # One of them first: this waits until there is one, while all of none would be an error.
+            found = [await self._asked(version, self._handle.prepare.remote(version.version, kept))]
+            everyone = self._handle.broadcast("prepare", version.version, kept)
+            results = await everyone.results_async(return_exceptions=True)
+            for result in results:
+                if isinstance(result, _LOST):
+                    continue
+                if isinstance(result, BaseException):
+                    raise _unavailable(version, result)
+                found.append(result)
+        return RemoteEngine(version, found[-1], tokenizer, self._generate)
+
+    def keep(self, numbers: Collection[int]) -> None:
+        """Tell all replicas, in the background, which versions have a role."""
+        kept = tuple(sorted(numbers))
+        if kept != self._kept:
+            self._kept = kept
+            task = asyncio.get_running_loop().create_task(self._tell(kept))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+    async def _tell(self, kept: tuple[int, ...]) -> None:
+        try:
+            await self._handle.broadcast("keep", kept).results_async(return_exceptions=True)
+        except DeploymentUnavailableError:
+            logger.debug("there is no replica to tell which versions have a role")
+
+    async def _asked(self, version: ModelVersion, response: Any) -> Prepared:
+        for _ in range(_TRIES):
+            try:
+                found: Prepared = await response
+            except _LOST:
+                response = self._handle.prepare.remote(version.version, (*self._kept, version.version))
+            except (RayTaskError, BackPressureError, DeploymentUnavailableError) as error:
+                raise _unavailable(version, error) from error
+            else:
+                return found
+        raise UnavailableError(f"{version.served_id}: replicas were lost while they loaded it")
+
+
+def _unavailable(version: ModelVersion, error: BaseException) -> UnavailableError:
+    cause = getattr(error, "cause", None) or error
+    said = str(cause) if isinstance(cause, UnavailableError) else f"{type(cause).__name__}: {cause}"
+    return UnavailableError(said.splitlines()[0] if said else f"{version.served_id} failed to load")
+
+
+def _error(failed: Failed) -> Exception:
+    if failed.kind == "full":
+        return QueueFullError(failed.message)
+    return EngineClosedError(failed.message) if failed.kind == "closed" else EngineError(failed.message)
