@@ -11,7 +11,6 @@ from regraft.data import capture_files, capture_shipping
 from regraft.data.capture_archive import Archive
 from regraft.data.captures import CaptureStore
 from regraft.errors import ConfigError, DataError
-from regraft.serve_sections import CaptureSection
 
 
 def ship(experiment: Experiment) -> None:
@@ -49,7 +48,7 @@ def prune(experiment: Experiment) -> None:
         ServiceError: If the archive does not let it.
     """
     store = _store(experiment)
-    keep_days = _section(experiment).keep_days
+    keep_days = experiment.serve.capture.keep_days
     if keep_days is None:
         raise ConfigError(
             "serve.capture.keep_days: is not set, so exchanges are kept for ever", "say there how many days"
@@ -95,9 +94,4 @@ def stats(experiment: Experiment) -> None:
 
 
 def _store(experiment: Experiment) -> CaptureStore:
-    return CaptureStore.of(Workspace().root / "captures" / experiment.name, _section(experiment))
-
-
-def _section(experiment: Experiment) -> CaptureSection:
-    section: CaptureSection = getattr(experiment.serve, "capture", CaptureSection())
-    return section
+    return CaptureStore.of(Workspace().root / "captures" / experiment.name, experiment.serve.capture)

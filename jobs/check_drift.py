@@ -51,7 +51,7 @@ def check_drift(
     with tempfile.TemporaryDirectory() as folder:
         name = f"reference-{champion.version}"
         reference = load(connection.registry.load_artifact(champion.run_id, name, Path(folder)))
-    store = CaptureStore(connection.captures(experiment))
+    store = CaptureStore.of(connection.captures(experiment), experiment.serve.capture)
     exchanges = store.read(start=start, end=end, model=experiment.name, version=champion.version)
     say(f"{len(exchanges)} exchanges of {champion.served_id} against {len(reference.rows)} reference answers")
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")

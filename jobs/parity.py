@@ -22,13 +22,15 @@ from regraft.data.dataset import load_dataset, union_of_evaluations
 from regraft.errors import DataError
 from regraft.methods.base import DTypeName
 from regraft.models import home
-from regraft.records import Example, ModelVersion, Parity
+from regraft.records import Example, ModelVersion, Parity, Probe
 
 if TYPE_CHECKING:
     from serving.engines.base import Engine
 
 #: Prompts asked if nobody says how many.
 PROMPTS = 8
+#: Answers kept for those who load the version, and how many tokens of each.
+_PROBES, _PROBE_TOKENS = 3, 16
 #: How long the engine may wait for the others of a batch; it stops waiting once all are there.
 _GATHER_SECONDS = 10.0
 
@@ -107,7 +109,9 @@ def check_parity(
         paths[path] = compare(model, tokenizer, asked, expected, got, tolerance=tolerance)
     del model
     _free()
-    return Parity(version=version.served_id, paths=paths, left_out=left_out)
+    known = zip(asked[:_PROBES], expected, strict=False)
+    probes = tuple(Probe(prompt_ids=tuple(p.ids), answer_ids=ids[:_PROBE_TOKENS]) for p, ids in known)
+    return Parity(version=version.served_id, paths=paths, left_out=left_out, probes=probes)
 
 
 def evenly(count: int, most: int) -> list[int]:

@@ -66,7 +66,7 @@ def make_loader(settings: EndpointSettings, files: VersionFiles) -> Loader:
             version, folder, dtype=settings.dtype, device=settings.device, limits=settings.limits
         )
 
-    return in_process(files, load)
+    return in_process(files, load, dtype=settings.dtype)
 
 
 def load_engine(

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from regraft.records import ModelVersion
+from regraft.methods.base import DTypeName
+from regraft.records import ModelVersion, PromotionDecision
 from serving.engines.base import Engine, GenerationRequest
+from serving.proof import prove
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +34,13 @@ class PinnedBusyError(UnavailableError):
 
 
 class VersionFiles(Protocol):
-    """The part of the registry that has the files."""
+    """The part of the registry that has the files, and what the gate found out about them."""
 
     def fetch(self, logged_model_id: str, /) -> Path:
         """A local folder with the files of a logged model."""
+
+    def judged(self, version: ModelVersion, /) -> PromotionDecision | None:
+        """What the gate said of a version last; None if it was never asked."""
 
 
 @dataclass(eq=False)
@@ -197,20 +202,33 @@ class Shelf:
         task.add_done_callback(self._unloading.discard)
 
 
-def in_process(files: VersionFiles, load: Callable[[ModelVersion, Path], Engine]) -> Loader:
+def in_process(
+    files: VersionFiles, load: Callable[[ModelVersion, Path], Engine], *, dtype: DTypeName = "float32"
+) -> Loader:
     """A loader of engines in this process, which have answered once before they are given out.
+
+    What the gate compared with the adapter on its base is asked again: see `serving.proof`.
 
     Args:
         files: Where the files of a version are fetched.
         load: Makes an engine of a version and the folder with its files; runs in a thread.
+        dtype: Type of the frozen weights.
     """
 
     async def load_and_warm(version: ModelVersion) -> Engine:
+        decision = await asyncio.to_thread(files.judged, version)
+        parity = decision.parity if decision else None
+        if parity and not parity.ok:
+            raise UnavailableError(f"{version.served_id} failed the parity check of the gate")
         engine = await asyncio.to_thread(lambda: load(version, files.fetch(version.logged_model_id)))
         try:
             ids = engine.encode_text("Hello")
             async for _ in engine.submit(GenerationRequest(tuple(ids), max_new_tokens=1)):
                 pass
+            if parity and parity.probes:
+                await prove(engine, parity.probes, dtype)
+            else:
+                logger.warning("%s: the gate kept no answers to hold its own against", version.served_id)
         except BaseException:
             await asyncio.to_thread(engine.close)
             raise

@@ -9,7 +9,7 @@ import pytest
 
 from regraft.errors import ModelError
 from regraft.methods import METHODS_BY_NAME, parse_method
-from regraft.records import ModelVersion
+from regraft.records import ModelVersion, PromotionDecision
 
 #: Every method with an adapter, by its name, and the base alone; where a small case tells more, its settings.
 SETTINGS: dict[str, dict[str, object]] = {
@@ -74,6 +74,7 @@ class FakeRegistry:
         self.down = False
         self.folders = folders or {}
         self.polled = threading.Event()
+        self.decisions: dict[int, PromotionDecision] = {}
 
     def aliases(self, name: str) -> dict[str, int]:
         self._check()
@@ -89,6 +90,9 @@ class FakeRegistry:
 
     def fetch(self, logged_model_id: str) -> Path:
         return self.folders.get(int(logged_model_id.removeprefix("m-")), Path("/nonexistent"))
+
+    def judged(self, version: ModelVersion) -> PromotionDecision | None:
+        return self.decisions.get(version.version)
 
     def _check(self) -> None:
         if self.down:

@@ -15,6 +15,7 @@ from regraft.records.choice import (
     ModelVersion,
     Parity,
     PathParity,
+    Probe,
     PromotionDecision,
 )
 from regraft.records.data import DatasetVersion, Example, Message, Role
@@ -45,6 +46,7 @@ __all__ = [
     "ModelVersion",
     "Parity",
     "PathParity",
+    "Probe",
     "PromotionDecision",
     "Record",
     "RetrainDecision",

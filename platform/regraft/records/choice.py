@@ -131,16 +131,27 @@ class PathParity(Record):
         return self.equal + self.ties == self.prompts
 
 
+class Probe(Record):
+    """A prompt and the beginning of what the adapter on its base answers, as token ids.
+
+    What loads a version asks it the same, wherever that is, before it answers anybody.
+    """
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
 class Parity(Record):
     """Whether a version gives the same greedy answers however it is run.
 
     `paths` are the ways that were compared with the adapter on its base (`merged`, `served`, `recorded`),
-    `left_out` why others were not.
+    `left_out` why others were not. `probes` are a few of the reference answers.
     """
 
     version: str
     paths: dict[str, PathParity]
     left_out: dict[str, str] = {}
+    probes: tuple[Probe, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -201,11 +201,19 @@ class Registry:
             self._client.set_registered_model_alias(version.name, CHAMPION, str(version.version))
 
     @guarded
+    def judged(self, version: ModelVersion) -> PromotionDecision | None:
+        """What the gate said of a version last; None if it was never asked."""
+        raw = self._client.get_model_version(version.name, str(version.version))
+        decided: str | None = raw.tags.get("gate.id")
+        return self._decision(version, decided) if decided else None
+
+    @guarded
     def promotion(self, version: ModelVersion) -> PromotionDecision | None:
         """The decision that made a version the champion; None if there was none."""
         decided = self._decided(version)
-        if decided is None:
-            return None
+        return self._decision(version, decided) if decided else None
+
+    def _decision(self, version: ModelVersion, decided: str) -> PromotionDecision:
         with tempfile.TemporaryDirectory() as folder:
             file = self.load_artifact(version.run_id, f"promotion_{decided}.json", Path(folder))
             return PromotionDecision.model_validate_json(file.read_text())
