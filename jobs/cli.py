@@ -259,6 +259,60 @@ def captures_stats(path: ExperimentPath = EXAMPLE) -> None:
     stats(Experiment.load(path))
 
 
+keys_app = typer.Typer(no_args_is_help=True, help="Who may ask the endpoint: its API keys.")
+app.add_typer(keys_app, name="keys")
+
+
+@keys_app.command("create")
+def keys_create(
+    name: Annotated[str, typer.Option(help="Whose key, or what for; up to 64 characters.")],
+    path: ExperimentPath = EXAMPLE,
+    scopes: Annotated[
+        str, typer.Option(help="With commas between: use (ask models), feedback (judge answers), admin.")
+    ] = "use",
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Its own limit; else `serve.limits` counts.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Of prompts and answers; else `serve.limits` counts.")
+    ] = None,
+    expires: Annotated[datetime | None, typer.Option(help="From when on it no longer counts (UTC).")] = None,
+) -> None:
+    """Make a key in the file that `serve.keys` names, and print it, this once.
+
+    Only its hash is kept. The key alone goes to the standard output, so that it can be put away unseen:
+
+    `regraft keys create . --name shop --scopes use,feedback > shop.key`
+
+    Clients send it as `Authorization: Bearer KEY`. A running endpoint knows it at once.
+    """
+    from datetime import UTC
+
+    from jobs.keys import create
+    from regraft.serve_sections import LimitsSection
+
+    limits = LimitsSection(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
+    create(path, name, scopes, expires.replace(tzinfo=UTC) if expires else None, limits)
+
+
+@keys_app.command("list")
+def keys_list(path: ExperimentPath = EXAMPLE) -> None:
+    """List the keys: ids, names, scopes, limits, and whether they still count."""
+    from jobs.keys import show
+
+    show(path)
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    path: ExperimentPath, id: Annotated[str, typer.Argument(help="Its eight digits, from `keys list`.")]
+) -> None:
+    """Make a key count no more; a running endpoint refuses it from its next request on."""
+    from jobs.keys import revoke
+
+    revoke(path, id)
+
+
 def _version(show: bool) -> None:
     if show:
         from regraft import __version__
