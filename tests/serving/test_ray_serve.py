@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import openai
@@ -13,12 +14,13 @@ import pytest
 
 from regraft.config import ServeSection
 from regraft.data.captures import CaptureStore
-from regraft.records import DatasetVersion, Example, Message, TrialResult
+from regraft.records import CapturedExchange, DatasetVersion, Example, Message, TrialResult
 from regraft.tracking.registry import CHAMPION, Registry
 from regraft.tracking.runs import Tracker
 from serving.app import EndpointSettings, delete, deploy
 
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_memory_monitor_refresh_ms="0")
+CHAT: Any = [{"role": "user", "content": "Hello"}]
 TURNS = (Message(role="user", content="q"), Message(role="assistant", content="a"))
 
 
@@ -66,18 +68,35 @@ def register(url: str, cache: Path, *, key: str, settings: dict[str, Any], folde
     return Registry(url, cache).register("support", result).version
 
 
-def test_the_endpoint_on_ray_serve_follows_the_alias(
+class Here(NamedTuple):
+    url: str
+    settings: EndpointSettings
+    registry: Registry
+    #: Version 1 is LoRA, 2 prompt tuning.
+    versions: tuple[int, int]
+
+    def client(self, retries: int = 0) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=retries, timeout=60)
+
+    def captured(self) -> list[CapturedExchange]:
+        return CaptureStore(self.settings.captures).read()
+
+
+@pytest.fixture(scope="module")
+def here(
     local_ray: None,
     mlflow_url: str,
     base_folder: Path,
     adapters: dict[str, Path],
     method_settings: dict[str, dict[str, object]],
-    tmp_path: Path,
-) -> None:
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Here]:
+    """A gateway and two engine replicas; the first version is the champion."""
+    folder = tmp_path_factory.mktemp("serve")
     one, two = (
         register(
             mlflow_url,
-            tmp_path / "cache",
+            folder / "cache",
             key=kind,
             settings=method_settings[kind],
             folder=adapters[kind],
@@ -85,50 +104,167 @@ def test_the_endpoint_on_ray_serve_follows_the_alias(
         )
         for kind in ("lora", "prompt_tuning")
     )
-    registry = Registry(mlflow_url, tmp_path / "cache")
+    registry = Registry(mlflow_url, folder / "cache")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
+    section = ServeSection(
+        port=port, max_batch=2, max_queued=8, max_new_tokens=32, poll_seconds=0.1, num_cpus=0.5,
+        min_replicas=2, max_replicas=2, shadow=1.0,
+    )  # fmt: skip
     settings = EndpointSettings(
         name="support",
         tracking_uri=mlflow_url,
-        cache=tmp_path / "replica-cache",
-        captures=tmp_path / "captures",
+        cache=folder / "replica-cache",
+        captures=folder / "captures",
         dtype="float32",
         device="cpu",
-        serve=ServeSection(port=port, max_batch=2, max_queued=2, max_new_tokens=32, poll_seconds=0.1),
+        serve=section,
     )
     assert EndpointSettings.model_validate_json(settings.model_dump_json()) == settings
     deploy(settings, host="127.0.0.1", port=port)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        first = httpx.get(f"{url}/health", timeout=30)
-        assert first.status_code == 503 and "no champion" in first.json()["reason"]
-        registry.set_alias("support", CHAMPION, one)
-        # The client's own retries on 503 wait for the champion.
-        patient = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=60, timeout=60)
-        chat: Any = [{"role": "user", "content": "Hello"}]
-        whole = patient.chat.completions.create(model="support", messages=chat, max_tokens=8)
-        assert whole.model == "support/1"
-        stream = patient.chat.completions.create(model="support", messages=chat, max_tokens=8, stream=True)
-        deltas = [c.choices[0].delta.content or "" for c in stream]
-        assert "".join(deltas) == whole.choices[0].message.content
+    found = Here(f"http://127.0.0.1:{port}", settings, registry, (one, two))
+    first = httpx.get(f"{found.url}/health", timeout=30)
+    assert first.status_code == 503 and "no champion" in first.json()["reason"]
+    registry.set_alias("support", CHAMPION, one)
+    # The client's own retries on 503 wait for the champion.
+    found.client(60).chat.completions.create(model="support", messages=CHAT, max_tokens=1)
+    yield found
+    delete()
 
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=60)
-        with pytest.raises(openai.RateLimitError):
-            client.completions.create(model="support", prompt=["x"] * 5)
-        with pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(model="support/9", messages=chat)
 
-        registry.set_alias("support", CHAMPION, two)
-        deadline = time.monotonic() + 60
-        served: list[str] = []
-        while "support/2" not in served:
-            assert time.monotonic() < deadline, served
-            answer = client.chat.completions.create(model="support", messages=chat, max_tokens=8)
-            served.append(answer.model)
-        assert answer.choices[0].message.content != whole.choices[0].message.content
-    finally:
-        delete()
-    captured = CaptureStore(settings.captures).read()
-    assert len(captured) == 2 + len(served)
-    assert [f"{e.model}/{e.model_version}" for e in captured][2:] == served
+def loads(here: Here) -> dict[str, int]:
+    """Requests that each loaded version answers."""
+    health = httpx.get(f"{here.url}/health", timeout=30).json()
+    return {entry["id"]: entry["requests"] for entry in health["loaded"]}
+
+
+async def crowd(here: Here, over: asyncio.Event, *, streams: bool, clients: int = 6) -> list[tuple[str, str]]:
+    """Ask again and again; gives the version and what became of each request: its text, or an error."""
+    found: list[tuple[str, str]] = []
+
+    async def one(http: openai.AsyncOpenAI) -> None:
+        while not over.is_set():
+            try:
+                if streams:
+                    raw = await http.chat.completions.create(
+                        model="support", messages=CHAT, max_tokens=32, stream=True
+                    )
+                    chunks = [c async for c in raw]
+                    who = {c.model for c in chunks}
+                    assert len(who) == 1
+                    text = "".join(c.choices[0].delta.content or "" for c in chunks)
+                    found.append((who.pop(), text))
+                else:
+                    whole = await http.chat.completions.create(model="support", messages=CHAT, max_tokens=32)
+                    found.append((whole.model, whole.choices[0].message.content or ""))
+            except openai.APIError as error:
+                found.append(("", f"{type(error).__name__}: {error}"))
+
+    async with openai.AsyncOpenAI(
+        base_url=f"{here.url}/v1", api_key="unused", max_retries=0, timeout=60
+    ) as http:
+        await asyncio.gather(*(one(http) for _ in range(clients)))
+    return found
+
+
+def test_whole_and_stream_say_the_same_and_too_many_are_refused(here: Here) -> None:
+    client = here.client()
+    whole = client.chat.completions.create(model="support", messages=CHAT, max_tokens=8)
+    assert whole.model == f"support/{here.versions[0]}"
+    stream = client.chat.completions.create(model="support", messages=CHAT, max_tokens=8, stream=True)
+    deltas = [c.choices[0].delta.content or "" for c in stream]
+    assert "".join(deltas) == whole.choices[0].message.content
+    with pytest.raises(openai.RateLimitError) as refused:  # two replicas take two each, and eight wait
+        client.completions.create(model="support", prompt=["x"] * 24)
+    assert refused.value.response.headers["retry-after"]
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="support/9", messages=CHAT)
+    client.chat.completions.create(model="support", messages=CHAT, max_tokens=1)  # and it goes on
+
+
+def test_a_client_that_hangs_up_frees_its_place(here: Here) -> None:
+    served = f"support/{here.versions[0]}"
+    body = {"model": "support", "messages": CHAT, "max_tokens": 32, "stream": True}
+    with httpx.stream("POST", f"{here.url}/v1/chat/completions", json=body, timeout=60) as reply:
+        next(reply.iter_bytes())
+    deadline = time.monotonic() + 60
+    while loads(here)[served]:
+        assert time.monotonic() < deadline
+    assert here.captured()[-1].finish_reason in {"aborted", "length", "stop"}
+
+
+def test_an_alias_that_moves_under_load_fails_and_mixes_nothing(here: Here) -> None:
+    one, two = (f"support/{n}" for n in here.versions)
+
+    async def run() -> list[tuple[str, str]]:
+        over = asyncio.Event()
+        task = asyncio.gather(
+            crowd(here, over, streams=True, clients=2), crowd(here, over, streams=False, clients=2)
+        )
+        for alias_of, served in ((1, two), (0, one)):  # there, and back again
+            await asyncio.to_thread(here.registry.set_alias, "support", CHAMPION, here.versions[alias_of])
+            while (await asyncio.to_thread(loads_champion, here)) != served:
+                pass
+            await asyncio.to_thread(
+                here.client().chat.completions.create, model="support", messages=CHAT, max_tokens=4
+            )
+        over.set()
+        both = await task
+        return [*both[0], *both[1]]
+
+    found = asyncio.run(run())
+    assert {who for who, _ in found} == {one, two}, [text for who, text in found if not who][:3]
+    texts = {who: {text for served, text in found if served == who} for who in (one, two)}
+    # Greedy answers of a version are all the same, and none is half of another's.
+    assert [len(own) for own in texts.values()] == [1, 1] and texts[one] != texts[two]
+
+
+def loads_champion(here: Here) -> str | None:
+    champion: str | None = httpx.get(f"{here.url}/health", timeout=30).json()["champion"]
+    return champion
+
+
+def test_a_replica_that_is_killed_costs_nobody_an_answer_that_had_not_begun(here: Here) -> None:
+    import ray
+    from ray.util import list_named_actors
+
+    served = f"support/{here.versions[0]}"
+
+    def engines() -> list[str]:
+        names = [a["name"] for a in list_named_actors(all_namespaces=True) if a["namespace"] == "serve"]
+        return [name for name in names if "Engines" in name]
+
+    async def run() -> list[tuple[str, str]]:
+        over = asyncio.Event()
+        task = asyncio.create_task(crowd(here, over, streams=False, clients=5))
+        while sum((await asyncio.to_thread(loads, here)).values()) < 3:
+            pass
+        victims = engines()
+        assert len(victims) == 2
+        ray.kill(ray.get_actor(victims[0], namespace="serve"))
+        for _ in range(20):  # answers of the one that is left
+            await asyncio.to_thread(
+                here.client(60).chat.completions.create, model="support", messages=CHAT, max_tokens=4
+            )
+        over.set()
+        return await task
+
+    found = asyncio.run(run())
+    assert {who for who, _ in found} == {served}, [text for who, text in found if not who][:3]
+    assert len({text for _, text in found}) == 1
+
+
+def test_the_shadow_answers_unseen(here: Here) -> None:
+    one, two = here.versions
+    here.registry.set_alias("support", "shadow", two)
+    deadline = time.monotonic() + 60
+    client = here.client()
+    shadowed: list[CapturedExchange] = []
+    while not shadowed:
+        assert time.monotonic() < deadline
+        answer = client.chat.completions.create(model="support", messages=CHAT, max_tokens=8)
+        assert answer.model == f"support/{one}"
+        shadowed = [e for e in here.captured() if e.variant == "shadow"]
+    seen = {e.id: e for e in here.captured() if e.variant == CHAMPION}
+    assert shadowed[0].model_version == two
+    assert seen[shadowed[0].id.removesuffix("-shadow")].messages == shadowed[0].messages
