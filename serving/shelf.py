@@ -102,7 +102,12 @@ class Shelf:
 
     def get(self, number: int) -> Loaded | None:
         """A version if it is loaded."""
-        return self._loaded.get(number)
+        loaded = self._loaded.get(number)
+        if loaded is not None and not loaded.engine.alive:
+            logger.warning("the engine of %s has ended", loaded.version.served_id)
+            self._retire(loaded)
+            return None
+        return loaded
 
     def keep(self, numbers: Collection[int]) -> None:
         """Say which versions have a role; the others leave, the least recently used first."""
@@ -134,8 +139,8 @@ class Shelf:
             PinnedBusyError: If it has no role and all places for such are in use.
             UnavailableError: If it does not load, or did not a moment ago.
         """
-        if version.version in self._loaded:
-            return self._loaded[version.version]
+        if loaded := self.get(version.version):
+            return loaded
         task = asyncio.get_running_loop().create_task(self._ensure_alone(version))
         self._loads.add(task)
         task.add_done_callback(self._loads.discard)
@@ -155,8 +160,8 @@ class Shelf:
     async def _ensure_alone(self, version: ModelVersion) -> Loaded:
         number = version.version
         async with self._loading:
-            if number in self._loaded:
-                return self._loaded[number]
+            if loaded := self.get(number):
+                return loaded
             failure = self._failures.get(number)
             if failure and time.monotonic() < failure.retry_at:
                 raise UnavailableError(f"{version.served_id} failed to load: {failure.message}")

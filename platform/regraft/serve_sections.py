@@ -42,6 +42,12 @@ class VllmSection(Section):
     python: Path | None = Field(
         None, description="The interpreter that has vLLM (`requirements/vllm-cpu.txt`); null: never use it."
     )
+    serves: Literal["auto"] | tuple[Literal["plain", "lora", "embeddings"], ...] = Field(
+        "auto",
+        description="What it serves of what it can: full fine-tunes (plain), LoRA adapters, virtual tokens "
+        "(embeddings), each kind on a server of its own. auto: plain, and lora on CUDA; on a CPU Regraft's "
+        "own engine is faster with adapters.",
+    )
     max_lora_rank: Literal[8, 16, 32, 64] = Field(
         64, description="Adapters of higher rank are served by Regraft's own engines."
     )

@@ -143,6 +143,11 @@ class Engine(ABC):
     #: Token ids are from 0 to below this.
     vocabulary: int
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can still answer; one that cannot has to be loaded again."""
+        return True
+
     @abstractmethod
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat, up to where the assistant's turn begins."""

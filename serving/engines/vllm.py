@@ -260,6 +260,11 @@ class VllmEngine(OwnEngine):
         self.vocabulary = server.vocabulary
         self.context_length = server.context_length - (self._virtual.count if self._virtual else 0)
 
+    @property
+    def alive(self) -> bool:
+        """Whether its server runs."""
+        return not self._closed and self._server.alive
+
     def submit(self, request: GenerationRequest) -> Stream:
         """Take on a request; see `Engine.submit`."""
         if self._closed:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ from serving.engines.static import StaticEngine
 from serving.engines.vllm import VllmEngine, VllmServer
 from serving.engines.vllm_prompts import VirtualTokens
 from serving.engines.vllm_support import NotForVllmError, require_plain_lora, vllm_serves
+from serving.loading import load_engine
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
 ON_AND_ON, DIES, FAILS, REFUSED, ABORTED, BREAKS_OFF, ENGINE_DIES = range(10, 17)
@@ -116,6 +118,43 @@ def test_tokens_become_text_and_one_end(fake: VllmServer) -> None:
     assert len(texts) > 1
     assert "".join(t.text for t in texts if isinstance(t, TextDelta)) == "Ärger 😀"
     assert end == Finished("length", len(ids), len(ids))
+
+
+def test_a_server_that_ended_is_started_again_for_those_who_come(
+    tiny_model: Path, interpreter: Path, make_version: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    section = VllmSection(python=interpreter, kv_cache_gib=0.25)
+
+    def load(kind: str) -> Any:
+        version = make_version(1, tiny_model, {"name": kind})
+        limits = EngineLimits(max_batch=4)
+        return load_engine(version, tiny_model, dtype="float32", device="cpu", limits=limits, vllm=section)
+
+    first, beside = load("full"), load("full")
+    assert isinstance(first, VllmEngine) and first._server is beside._server
+    psutil.Process(first._server.process.pid).kill()
+    asyncio.run(must_fail(first))
+    deadline = time.monotonic() + 30
+    while first.alive or beside.alive:  # a moment later it is known here too
+        assert time.monotonic() < deadline
+    again = load("full")
+    assert again.alive and asyncio.run(answer(again, GenerationRequest((20,), 2)))[1].completion_tokens == 2
+    for engine in (first, beside):
+        engine.close()
+    assert again.alive  # it is another server than the one that they gave back
+    again.close()
+    assert not again.alive
+    caplog.clear()
+    control = load("zero_shot")
+    control.close()
+    assert "is served by vLLM" in caplog.text
+
+
+async def must_fail(engine: VllmEngine) -> None:
+    with pytest.raises(EngineClosedError):
+        while True:
+            await answer(engine, GenerationRequest((20,), 2))
 
 
 def test_an_answer_ends_at_the_end_token_and_before_a_stop_string(fake: VllmServer) -> None:
