@@ -52,14 +52,17 @@ class Answer:
         table: Where the version is given back.
         loaded: The version that answers.
         body: What was asked.
+        scope: Of the HTTP request; is told how many tokens it took.
     """
 
-    def __init__(self, table: VersionTable, loaded: Loaded, body: ChatRequest | CompletionRequest) -> None:
+    def __init__(
+        self, table: VersionTable, loaded: Loaded, body: ChatRequest | CompletionRequest, scope: Scope
+    ) -> None:
         chat = isinstance(body, ChatRequest)
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(16)
         self.exchanges: list[Exchange] = []
         self.version = loaded.version
-        self._table = table
+        self._table, self._scope = table, scope
         self._loaded: Loaded | None = loaded
         self._each = body.choices
         self._usage = body.stream and body.stream_options is not None and body.stream_options.include_usage
@@ -83,6 +86,8 @@ class Answer:
             loaded, self._loaded = self._loaded, None
             for exchange in self.exchanges:
                 exchange.close()
+            counts = self._counts()
+            self._scope["regraft.used"] = counts.prompt + counts.completion
             self._table.release(loaded)
 
     def withdraw(self) -> None:

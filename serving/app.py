@@ -1,7 +1,7 @@
 """The endpoint on Ray Serve: gateways, which take requests in, before replicas, which hold the models.
 
 `build_app` is what a Serve config names: `import_path: serving.app:build_app`, with `EndpointSettings` as its
-arguments.
+arguments. Files of that kind come from `regraft serve --config`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ APP_NAME = "regraft"
 #: Requests a gateway takes beyond those that replicas answer or that wait: Ray would let them wait at its
 #: proxy without a bound, while here they get their 429, and /health still gets through.
 _HEADROOM = 64
+
+#: How often gateways tell Ray how many requests they have, as Ray sets it.
+_TOLD_SECONDS = 10.0
 
 #: Ray runs the code of a deployment and its routing in threads of their own, so that code that blocks does no
 #: harm. Ours does not block, and each change of threads costs an answer half a millisecond.
@@ -56,8 +59,13 @@ class Gateway:
         return create_gateway(self._settings, registry, engines.load, engines.keep)
 
 
-def build_app(settings: EndpointSettings) -> Application:
-    """Describe the endpoint for Ray Serve, without running it."""
+def build_app(settings: EndpointSettings | dict[str, Any]) -> Application:
+    """Describe the endpoint for Ray Serve, without running it.
+
+    Args:
+        settings: What to serve; from a config file Ray passes them as it reads them.
+    """
+    settings = EndpointSettings.model_validate(settings)
     section = settings.serve
     arguments = settings.model_dump(mode="json")
     replicas: dict[str, Any] = {"num_replicas": section.min_replicas}
@@ -69,6 +77,10 @@ def build_app(settings: EndpointSettings) -> Application:
                 "max_replicas": section.max_replicas,
                 # A replica is as fast as it gets when its batch is full: beyond that they wait.
                 "target_ongoing_requests": section.max_batch,
+                "upscale_delay_s": section.upscale_seconds,
+                "downscale_delay_s": section.downscale_seconds,
+                # Ray's 30 s, but no longer than what is asked for: a mean is late by half of it.
+                "look_back_period_s": min(30.0, max(1.5 * _TOLD_SECONDS, section.upscale_seconds)),
             },
         }
     engines = serve.deployment(

@@ -22,6 +22,7 @@ from serving import openapi
 from serving.answer import Answer, EventStream, engine_error
 from serving.engines.base import EngineError, GenerationRequest, QueueFullError
 from serving.exchange import Asked, CaptureLog, Exchange, Observer
+from serving.guard import sees_details
 from serving.openai_api import ApiError, ChatRequest, CompletionRequest, FeedbackRequest, parse_request
 from serving.prompts import read_prompts
 from serving.replies import model_card
@@ -96,12 +97,19 @@ class _Endpoint:
         await _api_errors(self._table.find(model_id))
         return model_card(model_id, self._started)
 
-    async def health(self) -> Response:
-        """What is loaded, and what went wrong last."""
-        up = self._table.champion is not None
+    async def health(self, request: Request) -> Response:
+        """What is loaded, and what went wrong last; where there are keys, in full for an admin alone."""
+        champion = self._table.champion
+        state: dict[str, Any] = {
+            "status": "ok" if champion else "unavailable",
+            "model": self._table.name,
+            "champion": champion.served_id if champion else None,
+        }
+        if not sees_details(request.scope):
+            return JSONResponse(state, status_code=200 if champion else 503)
         state = {
-            "status": "ok" if up else "unavailable",
-            "reason": None if up else self._table.why_not(),
+            **state,
+            "reason": None if champion else self._table.why_not(),
             **self._table.health(),
             "captures": {
                 "written": self._log.written,
@@ -111,12 +119,12 @@ class _Endpoint:
             **({"shadow_dropped": self._shadow.dropped} if self._shadow else {}),
             **self._state(),
         }
-        return JSONResponse(state, status_code=200 if up else 503)
+        return JSONResponse(state, status_code=200 if champion else 503)
 
     async def _answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
         key = _key(request)
         loaded = await _api_errors(self._table.acquire(body.model, body.user or key))
-        answer = Answer(self._table, loaded, body)
+        answer = Answer(self._table, loaded, body, request.scope)
         streaming = False
         try:
             await self._submit(answer, loaded, body, key)

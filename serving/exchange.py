@@ -127,6 +127,7 @@ class Exchange:
         self._pending: TextDelta | None = None
         self._created = datetime.now(UTC)
         self._begun = time.perf_counter()
+        self._whole = request.whole
         self._timeout_seconds = timeout_seconds
         self._deadline = timeout_seconds and asyncio.get_running_loop().time() + timeout_seconds
         self._first: float | None = None
@@ -190,13 +191,18 @@ class Exchange:
             self._end("error", str(error))
             raise
         if isinstance(event, TextDelta):
-            self._measure()
+            if not self._whole:
+                self._measure()
             self.completion_tokens += 1  # an estimate, in case the exact count never comes
             self._texts.append(event.text)
             self._tokens += event.tokens
             return event
         assert isinstance(event, Finished)
         self.completion_tokens = event.completion_tokens
+        if self._whole and event.first_token_seconds is not None:
+            self._first = event.first_token_seconds
+            if self._observer:
+                self._observer.first_token(self._asked.version, self._first)
         self._end(event.reason)
         return None
 

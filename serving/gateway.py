@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,15 +12,25 @@ from fastapi import FastAPI
 from regraft.data.capture_shipping import Shipper
 from regraft.data.captures import CaptureStore
 from regraft.data.feedback import FeedbackStore
+from regraft.records import ModelVersion
+from serving.auth import Keyring
 from serving.endpoint import create_app
+from serving.engines.base import Engine
 from serving.exchange import CaptureLog
-from serving.router import VersionTable
+from serving.guard import Guard
+from serving.metrics import Metrics
+from serving.router import VersionSource, VersionTable
 from serving.settings import EndpointSettings
 from serving.shadow import Shadow
 from serving.shelf import Loader, Shelf
 
 
-def create_gateway(settings: EndpointSettings, source: Any, load: Loader, told: Any = None) -> FastAPI:
+def create_gateway(
+    settings: EndpointSettings,
+    source: VersionSource,
+    load: Loader,
+    told: Callable[[frozenset[int]], None] | None = None,
+) -> FastAPI:
     """Make the application that a gateway runs.
 
     Args:
@@ -28,36 +39,55 @@ def create_gateway(settings: EndpointSettings, source: Any, load: Loader, told: 
         load: Makes an engine of a version, here or elsewhere.
         told: Is told which versions have a role.
     """
-    section = settings.serve
-    shelf = Shelf(load, told=told, spare=section.keep_versions, retry_seconds=section.poll_seconds)
+    section, capture = settings.serve, settings.serve.capture
+
+    async def timed(version: ModelVersion) -> Engine:
+        started = time.perf_counter()
+        engine = await load(version)
+        metrics.loaded(version, time.perf_counter() - started)
+        return engine
+
     table = VersionTable(
         source,
-        shelf,
+        Shelf(timed, told=told, spare=section.keep_versions, retry_seconds=section.poll_seconds),
         name=settings.name,
         poll_seconds=section.poll_seconds,
         canary=section.canary,
         shadow=section.shadow > 0,
         pinned=section.pinned,
     )
-    store = CaptureStore.of(settings.captures, section.capture)
+    metrics = Metrics(table.role_of)
+    store = CaptureStore.of(settings.captures, capture)
     log = CaptureLog(store)
-    capture = section.capture
+    metrics.watch_dropped("capture_dropped", lambda: log.dropped)
+    shadow = Shadow(table, section.shadow, section.shadow_max_running) if section.shadow else None
+    if shadow:
+        metrics.watch_dropped("shadow_dropped", lambda: shadow.dropped)
     shipper = Shipper(store, every_seconds=capture.ship_every_seconds, keep_days=capture.keep_days)
     app = create_app(
         table,
         log,
         max_new_tokens=section.max_new_tokens,
+        observer=metrics,
         feedback=FeedbackStore(settings.feedback),
-        shadow=Shadow(table, section.shadow, section.shadow_max_running) if section.shadow else None,
+        shadow=shadow,
         timeout_seconds=section.request_timeout_seconds,
         state=lambda: {"shipping": shipper.state()},
     )
-    _beside(app, shipper)
+    app.mount("/metrics", metrics.app())
+    app.add_middleware(
+        Guard,
+        keys=Keyring(section.keys) if section.keys else None,
+        limits=section.limits,
+        max_new_tokens=section.max_new_tokens,
+        refused=metrics.rate_limited,
+    )
+    _ship_beside(app, shipper)
     return app
 
 
-def _beside(app: FastAPI, shipper: Shipper) -> None:
-    """Ship captures for as long as the application runs, and once more when it has ended."""
+def _ship_beside(app: FastAPI, shipper: Shipper) -> None:
+    """Ship captures for as long as the application runs."""
     inner = app.router.lifespan_context
 
     @asynccontextmanager

@@ -199,16 +199,16 @@ class CaptureState(BaseModel):
 
 
 class Health(BaseModel):
-    """What is loaded, and what went wrong last."""
+    """What is loaded, and what went wrong last; where there are keys, only an admin's tells it all."""
 
     status: Literal["ok", "unavailable"]
-    reason: str | None
+    reason: str | None = None
     model: str
     champion: str | None
-    loaded: list[LoadedVersion]
-    load_errors: dict[str, str]
-    registry_error: str | None
-    captures: CaptureState
+    loaded: list[LoadedVersion] = []
+    load_errors: dict[str, str] = {}
+    registry_error: str | None = None
+    captures: CaptureState | None = None
 
 
 class StoredFeedback(BaseModel):

@@ -12,7 +12,13 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -42,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 #: How often a request that has said nothing yet is asked of another replica.
 _TRIES = 4
-_LOST = (RayActorError, ReplicaUnavailableError)
+#: A replica that Ray ends for its memory is no RayActorError.
+_LOST = (RayActorError, ReplicaUnavailableError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 
 
 class RemoteStream(Stream):
@@ -117,6 +124,7 @@ class RemoteEngine(OwnEngine):
         prepared: What the replicas say of it.
         tokenizer: Its base's.
         handle: Of the deployment, for streams of `generate`.
+        kept: Tells which versions have a role.
     """
 
     def __init__(
@@ -125,15 +133,17 @@ class RemoteEngine(OwnEngine):
         prepared: Prepared,
         tokenizer: PreTrainedTokenizerBase,
         handle: DeploymentHandle[Any],
+        kept: Callable[[], tuple[int, ...]],
     ) -> None:
         super().__init__(tokenizer, threading.Lock())
         self.context_length, self.vocabulary = prepared.context_length, prepared.vocabulary
-        self._version, self._handle = version, handle
+        self._version, self._handle, self._kept = version, handle, kept
 
     def submit(self, request: GenerationRequest) -> Stream:
         """Take on a request; that as many wait as may wait shows when the stream is read."""
         return RemoteStream(
-            lambda: self._handle.remote(self._version.version, request), self._version.served_id
+            lambda: self._handle.remote(self._version.version, request, self._kept()),
+            self._version.served_id,
         )
 
     def close(self) -> None:
@@ -178,7 +188,7 @@ class RemoteEngines:
                 if isinstance(result, BaseException):
                     raise _unavailable(version, result)
                 found.append(result)
-        return RemoteEngine(version, found[-1], tokenizer, self._generate)
+        return RemoteEngine(version, found[-1], tokenizer, self._generate, lambda: self._kept)
 
     def keep(self, numbers: Collection[int]) -> None:
         """Tell all replicas, in the background, which versions have a role."""

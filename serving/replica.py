@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ from serving.settings import EndpointSettings
 from serving.shelf import Loaded, Shelf, UnavailableError, brief
 
 logger = logging.getLogger(__name__)
+
+#: How long a new replica that lacks something looks for others that have it.
+_LOOK_SECONDS = 3.0
+#: Lacks a replica that could not ask which versions have a role.
+_EVERYTHING = "whatever has a role"
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,14 @@ Said: TypeAlias = Sequence[Event | Failed]
 class EngineReplica:
     """A replica. Before it counts as ready it has loaded what has a role.
 
+    One that cannot do so comes up all the same, to say why; but not where others have what it lacks: it would
+    be less busy than they are, and take their requests only to refuse them. Ray then tries again.
+
     Args:
         settings: As `EndpointSettings` dumps itself.
+
+    Raises:
+        UnavailableError: If others have what this one could not load.
     """
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
@@ -57,7 +69,15 @@ class EngineReplica:
             retry_seconds=section.poll_seconds,
         )
         self._known: dict[int, ModelVersion] = {}
-        await self._load_those_with_a_role()
+        wrong = await self._load_those_with_a_role()
+        self._loaded_first = [loaded.version.served_id for loaded in self._shelf.loaded]
+        if wrong:
+            logger.warning("loading what has a role: %s", wrong)
+            others = await _loaded_by_others()
+            lacking = others if _EVERYTHING in wrong else others.intersection(wrong)
+            if lacking:
+                named, why = ", ".join(sorted(lacking)), "; ".join(wrong.values())
+                raise UnavailableError(f"other replicas have {named}, which this one could not load: {why}")
 
     async def prepare(self, number: int, kept: Sequence[int]) -> Prepared:
         """Load a version, if it is not loaded.
@@ -70,17 +90,25 @@ class EngineReplica:
             UnavailableError: If it does not load.
         """
         self._shelf.keep(kept)
-        loaded = await self._ensure(number)
+        loaded = await self._ensure(number, kept)
         return Prepared(loaded.engine.context_length, loaded.engine.vocabulary)
 
     async def keep(self, numbers: Sequence[int]) -> None:
         """Hear which versions have a role."""
         self._shelf.keep(numbers)
 
-    async def generate(self, number: int, request: GenerationRequest) -> AsyncIterator[Said]:
-        """Answer with a version; a request that nobody watches is answered in one piece."""
+    async def generate(
+        self, number: int, request: GenerationRequest, kept: Sequence[int]
+    ) -> AsyncIterator[Said]:
+        """Answer with a version; a request that nobody watches is answered in one piece.
+
+        Args:
+            number: The version.
+            request: What is asked.
+            kept: Versions that have a role; one that has got it since this replica started may be missing.
+        """
         try:
-            loaded = self._shelf.hold(await self._ensure(number))
+            loaded = self._shelf.hold(await self._ensure(number, kept))
         except Exception as error:
             yield [Failed("closed", str(error))]
             return
@@ -101,31 +129,34 @@ class EngineReplica:
             self._shelf.release(loaded)
 
     async def state(self) -> dict[str, Any]:
-        """What is loaded here."""
+        """What is loaded here, and what was before the first request could come."""
         return {
+            "loaded_first": self._loaded_first,
             "loaded": {loaded.version.served_id: loaded.references for loaded in self._shelf.loaded},
             "load_errors": self._shelf.failures,
         }
 
-    async def _load_those_with_a_role(self) -> None:
+    async def _load_those_with_a_role(self) -> dict[str, str]:
+        """Load them; gives what is lacking now, and why."""
         section = self._settings.serve
         try:
             aliases = await asyncio.to_thread(self._registry.aliases, self._settings.name)
         except Exception as error:
-            logger.warning("what has a role is loaded when it is asked for: %s", brief(error))
-            return
+            return {_EVERYTHING: brief(error)}
         numbers = [*section.pinned, *(aliases[a] for a in section.followed if a in aliases)]
-        self._shelf.keep(numbers)
+        wrong = {}
         for number in numbers:
             try:
-                await self._ensure(number)
-            except Exception as error:  # it takes no traffic; the others do
-                logger.warning("version %d is not loaded: %s", number, brief(error))
+                await self._ensure(number, numbers)
+            except UnavailableError as error:
+                wrong[f"{self._settings.name}/{number}"] = str(error)
+        return wrong
 
-    async def _ensure(self, number: int) -> Loaded:
+    async def _ensure(self, number: int, kept: Sequence[int]) -> Loaded:
         loaded = self._shelf.get(number)
         if loaded is not None:
             return loaded
+        self._shelf.keep(kept)
         if number not in self._known:  # versions never change
             try:
                 found = await asyncio.to_thread(self._registry.version, self._settings.name, number)
@@ -133,3 +164,24 @@ class EngineReplica:
                 raise UnavailableError(f"version {number} is not known here: {brief(error)}") from error
             self._known[number] = found
         return await self._shelf.ensure(self._known[number])
+
+
+async def _loaded_by_others() -> set[str]:
+    """What the other replicas of this deployment have loaded; none if there are none yet."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+
+    context = serve.get_replica_context()
+    handle = serve.get_deployment_handle(context.deployment, context.app_name)
+    deadline = time.monotonic() + _LOOK_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            states = await handle.broadcast("state").results_async(return_exceptions=True)
+        except DeploymentUnavailableError:  # there is none, or it is not known here yet
+            await asyncio.sleep(0.1)
+            continue
+        except (RayError, ReplicaUnavailableError):
+            return set()
+        return {served for state in states if isinstance(state, dict) for served in state["loaded"]}
+    return set()

@@ -160,7 +160,12 @@ class VersionTable:
 
     def role(self, loaded: Loaded) -> str:
         """What a version is at the moment: its alias, or `pinned`."""
-        return next((alias for alias, named in self._named.items() if named is loaded), "pinned")
+        return self.role_of(loaded.version)
+
+    def role_of(self, version: ModelVersion) -> str:
+        """The same for a version that need not be loaded."""
+        named = self._named.items()
+        return next((alias for alias, one in named if one.version.version == version.version), "pinned")
 
     def parse(self, model: str) -> tuple[str | None, int | None]:
         """The alias or the number of the version that a client asks for; neither if any will do.

@@ -175,6 +175,12 @@ class ServeSection(Section):
     max_replicas: int = Field(
         1, ge=1, description="Engine replicas there may be; more than the least of them: as requests ask."
     )
+    upscale_seconds: float = Field(
+        30.0, ge=0, description="How long requests must ask for more replicas until there are more."
+    )
+    downscale_seconds: float = Field(
+        600.0, ge=0, description="How long fewer replicas must do until there are fewer."
+    )
     gateways: int = Field(
         1, ge=1, description="Processes that take requests in; with several, each counts limits of its own."
     )
@@ -200,6 +206,14 @@ class ServeSection(Section):
         description="Versions without a role, former champions for instance, that stay loaded until others "
         "want their places.",
     )
+    keys: Path | None = Field(
+        None, description="File with the API keys (`regraft keys create`); null: anybody here may ask."
+    )
+    open: bool = Field(False, description="Let anybody ask, from other machines too, when `keys` is null.")
+    limits: LimitsSection = Field(
+        LimitsSection(),
+        description="For a key that has none of its own, in each process; without keys, for all together.",
+    )
     capture: CaptureSection = CaptureSection()
     vllm: VllmSection = VllmSection()
 
@@ -216,15 +230,6 @@ class ServeSection(Section):
         """Aliases whose versions are loaded, the champion's first."""
         optional = (("challenger", self.canary), ("shadow", self.shadow))
         return ("champion", *(alias for alias, share in optional if share > 0))
-
-    keys: Path | None = Field(
-        None, description="File with the API keys (`regraft keys create`); null: anybody here may ask."
-    )
-    open: bool = Field(False, description="Let anybody ask, from other machines too, when `keys` is null.")
-    limits: LimitsSection = Field(
-        LimitsSection(),
-        description="For a key that has none of its own, in each process; without keys, for all together.",
-    )
 
     @field_validator("keys")
     @classmethod

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from regraft.records import Message
@@ -76,11 +76,16 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of the answer. Completion tokens count the end-of-sequence token too."""
+    """The end of the answer. Completion tokens count the end-of-sequence token too.
+
+    Attributes:
+        first_token_seconds: How long after it was submitted its first token was there, as the engine saw it.
+    """
 
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    first_token_seconds: float | None = field(default=None, compare=False)
 
 
 Event: TypeAlias = TextDelta | Finished

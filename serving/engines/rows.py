@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -57,6 +58,11 @@ class Row(Stream):
         self._known = 0  # characters that the detokenizer has given
         self._given = 0  # characters that were given out
         self._ended = False
+        # What nobody looks at before its end is not read token by token.
+        self._unseen = request.whole and not request.stop and request.logprobs is None
+        self._ids: list[int] = []
+        self._begun = time.perf_counter()
+        self._first: float | None = None
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | EngineError] = asyncio.Queue()
 
@@ -83,9 +89,16 @@ class Row(Stream):
             logits: From which it came, of shape (vocabulary,); needed if the request asks for
                 log-probabilities.
         """
+        if not self._count:
+            self._first = time.perf_counter() - self._begun
         self._count += 1
         if token in eos:
             self.finish("stop")
+            return
+        if self._unseen:
+            self._ids.append(token)
+            if self._count >= self.request.max_new_tokens:
+                self.finish("length")
             return
         if self._spelling is not None:
             assert logits is not None and self.request.logprobs is not None
@@ -102,6 +115,10 @@ class Row(Stream):
 
     def finish(self, reason: FinishReason) -> None:
         """End the answer, giving out what was held back."""
+        if self._unseen:
+            self._give(self._detokenizer.whole(self._ids))
+            self._end(reason)
+            return
         text, stopped = self._scanner.push(self._detokenizer.flush())
         if stopped:
             self._give(text)
@@ -117,7 +134,7 @@ class Row(Stream):
 
     def _end(self, reason: FinishReason) -> None:
         self.done = True
-        self._post(Finished(reason, len(self.request.prompt_ids), self._count))
+        self._post(Finished(reason, len(self.request.prompt_ids), self._count, self._first))
 
     def _give(self, text: str, *, last: bool = False) -> None:
         self._given += len(text)

@@ -37,6 +37,10 @@ class Detokenizer:
         self._start, self._settled = self._settled, len(self._ids)
         return text
 
+    def whole(self, ids: Sequence[int]) -> str:
+        """A whole answer."""
+        return self._decode(ids)
+
     def flush(self) -> str:
         """The rest, however it ends."""
         text = self._fresh()

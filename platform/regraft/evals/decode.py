@@ -55,7 +55,8 @@ def decode(
             fresh = range(len(rows) - len(some), len(rows))
         else:
             new, fresh = slots.step(said), range(len(rows))
-        said[fresh.start :] = new.argmax(-1).tolist()
+        # The same as `argmax`, which takes five times as long for bf16 on a CPU (torch 2.13).
+        said[fresh.start :] = new.max(-1).indices.tolist()
         alive()
         for slot in reversed(fresh):
             prompt, token = rows[slot], said[slot]
