@@ -19,7 +19,7 @@ from jobs.check_drift import check_drift, submit_retrain
 from jobs.console import console, say, show_decision, show_drift, show_leaderboard, stage
 from jobs.evaluation_sets import with_registered
 from jobs.promotion import promote_winner
-from jobs.replay import Replayed, replay
+from jobs.replay import Replayed, key_header, replay
 from jobs.retrain import outcome_file
 from jobs.serve import serve, wait_for_champion
 from jobs.sweep import sweep
@@ -151,7 +151,12 @@ class Quickstart:
             "messages": [{"role": "user", "content": question}],
             "max_tokens": 48,
         }
-        answer = httpx.post(f"{self.base}/v1/chat/completions", json={**body, "temperature": 0}, timeout=120)
+        answer = httpx.post(
+            f"{self.base}/v1/chat/completions",
+            json={**body, "temperature": 0},
+            timeout=120,
+            headers=key_header(),
+        )
         answer.raise_for_status()
         said = answer.json()
         return f"{said['model']}: {question} → {said['choices'][0]['message']['content']!r}"

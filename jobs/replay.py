@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -23,6 +24,12 @@ class Replayed(Record):
     seconds: float
     completion_tokens: int
     by_version: dict[str, int]
+
+
+def key_header() -> dict[str, str]:
+    """What shows an endpoint with keys who asks: the key in REGRAFT_API_KEY, if there is one."""
+    key = os.environ.get("REGRAFT_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def replay(
@@ -76,7 +83,7 @@ async def _replay(
         if done % max(1, len(examples) // 4) == 0:
             say(f"  {done}/{len(examples)} answered")
 
-    async with httpx.AsyncClient(timeout=300) as client:
+    async with httpx.AsyncClient(timeout=300, headers=key_header()) as client:
         await asyncio.gather(*(ask(client, e) for e in examples))
     ended = datetime.now(UTC)
     if failures:
