@@ -17,9 +17,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from serving_models import make_adapter
 
 if TYPE_CHECKING:
     from serving.engines.vllm_process import VllmProcess
@@ -29,100 +32,84 @@ DATA = Path(__file__).parents[1] / "examples/utility-support/data"
 RANKS = (4, 16, 8)
 
 
-class VllmRates(NamedTuple):
-    """New tokens a CPU-second, the median of the rounds.
+class Round(NamedTuple):
+    """What one round made.
 
     Attributes:
-        base: Of the base alone.
-        lora: Of requests that take the adapters by turns; None if there are none.
+        tokens: New ones.
+        cpu_seconds: Of all of the server's processes.
+        seconds: That passed.
     """
 
-    base: float
-    lora: float | None
+    tokens: int
+    cpu_seconds: float
+    seconds: float
 
 
-def vllm_rates(
-    python: Path,
-    model: Path,
-    prompts: Sequence[Sequence[int]],
-    adapters: Sequence[Path],
-    *,
-    tokens: int,
-    streams: int,
-    rounds: int = 3,
-    say: Callable[[str], None] = lambda _: None,
-) -> VllmRates:
-    """Measure vLLM on one core, in bf16.
+class VllmSide:
+    """A vLLM on one core, in bf16.
 
     Args:
         python: The interpreter that has it.
         model: Folder of the base model.
-        prompts: Token ids; taken by turns.
-        adapters: Folders of LoRA adapters; taken by turns.
-        tokens: Of each answer; no answer ends earlier.
+        adapters: Folders of LoRA adapters, which requests take by turns; none for the base alone.
+        core: To bind it to.
         streams: Requests at once.
-        rounds: How often, after one to warm up.
-        say: Told of every round.
 
     Raises:
         ServiceError: If vLLM does not come up.
     """
-    from serving.engines.vllm import BASE
 
-    names = [f"adapter-{n}" for n in range(len(adapters))]
-    base = _measured(python, model, prompts, {}, [BASE], tokens, streams, rounds, say)
-    if not adapters:
-        return VllmRates(base, None)
-    loaded = dict(zip(names, adapters, strict=True))
-    return VllmRates(base, _measured(python, model, prompts, loaded, names, tokens, streams, rounds, say))
+    def __init__(
+        self, python: Path, model: Path, adapters: Sequence[Path], *, core: int, streams: int
+    ) -> None:
+        from serving.engines.vllm import BASE
+        from serving.engines.vllm_process import Bound, VllmProcess
+
+        arguments = [f"--model={model}", f"--served-model-name={BASE}", "--dtype=bfloat16"]
+        arguments += [f"--max-num-seqs={streams}", f"--kv-cache-memory-bytes={2**30}"]
+        arguments += [
+            "--generation-config=vllm",
+            "--no-enable-prefix-caching",
+            "--disable-uvicorn-access-log",
+        ]
+        if adapters:
+            rank = max(json.loads((f / "adapter_config.json").read_text())["r"] for f in adapters)
+            held = next(r for r in (8, 16, 32, 64) if r >= rank)
+            arguments += ["--enable-lora", f"--max-lora-rank={held}", f"--max-loras={len(adapters)}"]
+        self._folder = tempfile.TemporaryDirectory()
+        log = Path(self._folder.name) / "vllm.log"
+        with bound_to(core):  # which a child takes over, with all of its own
+            self._server = VllmProcess(python, arguments, Bound(1, "cpu", str(core)), log, 600, lambda: None)
+        self._names = [f"adapter-{n}" for n in range(len(adapters))] or [BASE]
+        for name, files in zip(self._names, adapters, strict=False):
+            body = {"lora_name": name, "lora_path": str(files.resolve())}
+            self._server.post("/v1/load_lora_adapter", body)
+
+    def __enter__(self) -> VllmSide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.close()
+        self._folder.cleanup()
+
+    def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> Round:
+        """Answer prompts together, each with so many tokens."""
+        asked = [(self._names[i % len(self._names)], prompt) for i, prompt in enumerate(prompts)]
+        before, started = _cpu_seconds(self._server.pid), time.perf_counter()
+        made = asyncio.run(_at_once(self._server, asked, tokens))
+        return Round(made, _cpu_seconds(self._server.pid) - before, time.perf_counter() - started)
 
 
-def _measured(
-    python: Path,
-    model: Path,
-    prompts: Sequence[Sequence[int]],
-    adapters: dict[str, Path],
-    names: Sequence[str],
-    tokens: int,
-    streams: int,
-    rounds: int,
-    say: Callable[[str], None],
-) -> float:
-    from serving.engines.vllm import BASE
-    from serving.engines.vllm_process import Bound, VllmProcess
-
-    arguments = [f"--model={model}", f"--served-model-name={BASE}", "--dtype=bfloat16"]
-    arguments += [f"--max-num-seqs={streams}", f"--kv-cache-memory-bytes={2**30}", "--generation-config=vllm"]
-    arguments += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
-    if adapters:
-        rank = max(json.loads((f / "adapter_config.json").read_text())["r"] for f in adapters.values())
-        held = next(r for r in (8, 16, 32, 64) if r >= rank)
-        arguments += ["--enable-lora", f"--max-lora-rank={held}", f"--max-loras={len(adapters)}"]
+@contextmanager
+def bound_to(core: int) -> Iterator[None]:
+    """Bind this thread, and what it starts meanwhile, to one core."""
     cores = os.sched_getaffinity(0)
-    core = min(cores)
-    asked = [(names[i % len(names)], prompts[i % len(prompts)]) for i in range(streams)]
-    with tempfile.TemporaryDirectory() as folder:
-        os.sched_setaffinity(0, {core})  # which a child takes over, with all of its own
-        try:
-            server = VllmProcess(
-                python, arguments, Bound(1, "cpu", str(core)), Path(folder) / "vllm.log", 600, lambda: None
-            )
-        finally:
-            os.sched_setaffinity(0, cores)
-        try:
-            for name, files in adapters.items():
-                server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(files.resolve())})
-            rates = []
-            for number in range(rounds + 1):
-                before, started = _cpu_seconds(server.pid), time.perf_counter()
-                made = asyncio.run(_at_once(server, asked, tokens))
-                spent, passed = _cpu_seconds(server.pid) - before, time.perf_counter() - started
-                rates.append(made / spent)
-                what = "adapters" if adapters else "base"
-                say(f"vLLM, {what}, round {number}: {made} tokens in {spent:.1f} CPU-s, {passed:.1f} s")
-        finally:
-            server.close()
-    return statistics.median(rates[1:])
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 async def _at_once(server: VllmProcess, asked: Sequence[tuple[str, Sequence[int]]], tokens: int) -> int:
@@ -161,30 +148,21 @@ def main() -> None:
     found = resolve(settings.model, None, _say)
     tokenizer = load_tokenizer(found.path)
     prompts = [prompt_ids(tokenizer, e.prompt) for e in read_chats(DATA / "evaluation.jsonl")]
+    rates = {}
     with tempfile.TemporaryDirectory() as folder:
-        files = [_make(rank, found.path, Path(folder) / str(rank)) for rank in RANKS]
-        rates = vllm_rates(
-            settings.python, found.path, prompts, files,
-            tokens=settings.tokens, streams=settings.streams, say=_say,
-        )  # fmt: skip
-    _say(json.dumps(rates._asdict()))
-
-
-def _make(rank: int, base: Path, folder: Path) -> Path:
-    """A LoRA adapter with small random weights, saved as a trial saves it."""
-    import torch
-
-    from regraft.methods import parse_method
-    from regraft.methods.base import trainable_parameters
-
-    method = parse_method({"name": "lora", "rank": rank})
-    torch.manual_seed(1)
-    model: Any = method.apply(method.load_base(base, "bfloat16", "cpu"))
-    with torch.no_grad():
-        for weights in trainable_parameters(model):
-            weights.add_(torch.randn_like(weights) * 0.005)
-    method.save(model, folder)
-    return folder
+        files = [
+            make_adapter({"name": "lora", "rank": rank}, found.path, Path(folder) / str(rank))
+            for rank in RANKS
+        ]
+        for what, adapters in {"base": [], "lora": files}.items():
+            core = min(os.sched_getaffinity(0))
+            asked = [prompts[i % len(prompts)] for i in range(settings.streams)]
+            with VllmSide(settings.python, found.path, adapters, core=core, streams=settings.streams) as side:
+                rounds = [side.answer(asked, settings.tokens) for _ in range(4)]
+            for made in rounds:
+                _say(f"{what}: {made.tokens} tokens in {made.cpu_seconds:.1f} CPU-s, {made.seconds:.1f} s")
+            rates[what] = statistics.median(r.tokens / r.cpu_seconds for r in rounds[1:])
+    _say(json.dumps(rates))
 
 
 def _say(line: str) -> None:

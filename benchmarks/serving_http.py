@@ -1,0 +1,153 @@
+"""What HTTP, the gateway and the way to the engine's replica add to an answer, and what its capture does."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+from serving_endpoint import Registered, answers, child, loading, pin, read, running
+
+#: Cores of the engine, and of all else that takes part.
+ENGINE_CORE, OTHER_CORE = 0, 1
+TURNS = [{"role": "user", "content": "How do I read my meter?"}]
+
+
+def added_latency(
+    model: Registered,
+    *,
+    tokens: int,
+    rounds: int,
+    each: int,
+    environment: Mapping[str, str],
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """One client at a time over HTTP, and the same requests to the bare engine in a process, by turns.
+
+    Both engines have one thread and are bound to the same core; client, proxy and gateway to another.
+
+    Args:
+        model: Its first version answers.
+        tokens: Of an answer, at most.
+        rounds: How often either side has its turn.
+        each: Requests of a turn, half of them streams.
+        environment: Of Ray, for trials of its settings.
+        say: Told the figures.
+
+    Returns:
+        Milliseconds: what is added to whole answers (`added_latency_p50_ms`, `added_latency_p95_ms`) and to
+        streams and their first text; `hop_p50_ms`, the part of it between the gateway and the engine's
+        replica and back; `round_trip_p50_ms`, that of a request which no engine answers; what the endpoint's
+        answers and first texts take; and `capture_cost_ms`, the time of one capture.
+    """
+    from regraft.data.captures import CaptureStore
+    from regraft.models import load_tokenizer, prompt_ids, resolve
+    from regraft.records import Message
+
+    version = model.registry.version(model.name, model.versions[0])
+    ids = prompt_ids(load_tokenizer(resolve(version.base_model).path), [Message(**t) for t in TURNS])
+    settings = model.settings()
+    found: dict[str, list[float]] = {
+        name: []
+        for name in (
+            *("http", "bare", "http, stream", "bare, stream", "http, first", "bare, first"),
+            *("round trip", "captured"),
+        )
+    }
+    with running(settings, environment) as endpoint:
+        alone = child(["bare", str(_written(settings)), str(version.version)], core=ENGINE_CORE)
+        read(alone)
+        for process in endpoint.family():
+            pin(process, OTHER_CORE)
+        pin(endpoint.actor("Engines"), ENGINE_CORE)
+        for number in range(rounds + 1):
+            for stream in (False, True):
+                name = ", stream" if stream else ""
+                body = {"model": model.name, "messages": TURNS, "max_tokens": tokens, "temperature": 0}
+                load = {"url": endpoint.url, "bodies": [body | {"stream": stream}], "count": each // 2}
+                told = answers(loading(load | {"warm": 2}))
+                asked = {"ids": ids, "tokens": tokens, "count": each // 2, "whole": not stream}
+                alone.stdin.write(json.dumps(asked) + "\n")
+                alone.stdin.flush()
+                took = json.loads(read(alone))
+                if wrong := [t for t in told if t["error"]]:
+                    raise RuntimeError(f"the endpoint failed: {wrong[0]}")
+                if number:  # the first round warms up
+                    found[f"http{name}"] += [t["seconds"] for t in told]
+                    found[f"bare{name}"] += [end for _, end in took]
+                    if stream:
+                        found["http, first"] += [t["first"] for t in told if t["first"] is not None]
+                        found["bare, first"] += [first for first, _ in took]
+            if number:
+                found["round trip"] += round_trips(settings.serve.port, each // 2)
+        alone.stdin.close()
+        alone.wait(60)
+    exchanges = [e for e in CaptureStore(settings.captures).read() if not e.stream]
+    found["captured"] = [e.latency_ms / 1000 for e in exchanges[-len(found["http"]) :]]
+    for name, values in found.items():
+        say(
+            f"{model.name}, {name}: p50 {1000 * _p(values, 50):.1f} ms, p95 {1000 * _p(values, 95):.1f} ms"
+            f" of {len(values)}"
+        )
+
+    def added(name: str, percent: int) -> float:
+        return round(1000 * (_p(found[f"http{name}"], percent) - _p(found[f"bare{name}"], percent)), 2)
+
+    return {
+        "added_latency_p50_ms": added("", 50),
+        "added_latency_p95_ms": added("", 95),
+        "added_first_token_p50_ms": added(", first", 50),
+        "added_stream_p50_ms": added(", stream", 50),
+        "hop_p50_ms": round(1000 * (_p(found["captured"], 50) - _p(found["bare"], 50)), 2),
+        "round_trip_p50_ms": round(1000 * _p(found["round trip"], 50), 2),
+        "answer_p50_ms": round(1000 * _p(found["http"], 50), 2),
+        "first_token_p50_ms": round(1000 * _p(found["http, first"], 50), 2),
+        "first_token_p95_ms": round(1000 * _p(found["http, first"], 95), 2),
+        "capture_cost_ms": round(1000 * capture_cost(settings.captures), 3),
+    }
+
+
+def round_trips(port: int, count: int) -> list[float]:
+    """Seconds of requests that the gateway answers by itself, on one connection."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    seconds = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        connection.request("GET", "/v1/models")
+        connection.getresponse().read()
+        seconds.append(time.perf_counter() - begun)
+    connection.close()
+    return seconds
+
+
+def capture_cost(captures: Path) -> float:
+    """Seconds that capturing one exchange takes, the median over those that an endpoint captured."""
+    from regraft.data.captures import CaptureStore
+    from regraft.serve_sections import CaptureSection
+    from serving.exchange import CaptureLog
+
+    exchanges = CaptureStore(captures).read()
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        log = CaptureLog(CaptureStore.of(Path(folder) / "captures", CaptureSection()))
+        for exchange in exchanges * (1 + 500 // len(exchanges)):
+            begun = time.perf_counter()
+            log.append(exchange)
+            seconds.append(time.perf_counter() - begun)
+        log.close()
+    return statistics.median(seconds)
+
+
+def _written(settings: Any) -> Path:
+    file: Path = settings.captures.with_suffix(".json")
+    file.write_text(settings.model_dump_json())
+    return file
+
+
+def _p(values: list[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
