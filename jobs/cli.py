@@ -126,11 +126,25 @@ def compare(
 
 
 @app.command()
-def serve(path: ExperimentPath = EXAMPLE) -> None:
-    """Serve the champion behind an OpenAI-compatible API until interrupted."""
-    from jobs.serve import run
+def serve(
+    path: ExperimentPath = EXAMPLE,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Write the config for `serve deploy` there instead; - prints it.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Serve the champion behind an OpenAI-compatible API until interrupted.
 
-    run(path)
+    With `--config` nothing is started: what is written puts the same endpoint up on a Ray cluster, for good:
+
+    `regraft serve . --config serve.yaml && serve deploy serve.yaml --address http://HEAD:8265`
+    """
+    from jobs.serve import run, write_config
+
+    if config is None:
+        run(path)
+    else:
+        write_config(path, config)
 
 
 @app.command()

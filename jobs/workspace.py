@@ -80,7 +80,7 @@ class Connection(Record):
 
     def captures(self, experiment: Experiment) -> Path:
         """Where the endpoint's exchanges are kept."""
-        return (self.workspace / "captures" / experiment.name).resolve()
+        return captures_of(self.workspace, experiment.name)
 
 
 class Workspace:
@@ -213,6 +213,11 @@ class Workspace:
             )
         jobs = experiment.cluster.jobs or (services.ray.url if services.ray else None)
         return Connection(tracking_uri=uri, ray_address=address, jobs_url=jobs, workspace=self.root)
+
+
+def captures_of(workspace: Path, name: str) -> Path:
+    """Where the exchanges of an experiment's endpoint are kept."""
+    return (workspace / "captures" / name).resolve()
 
 
 def _service(pid: int, url: str) -> Service:
