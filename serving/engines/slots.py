@@ -27,6 +27,7 @@ from serving.engines.base import (
     Stream,
 )
 from serving.engines.mixed import Mix, alike
+from serving.engines.packed import pack
 from serving.engines.rows import OwnEngine, Row, draw
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class SlotsBase:
 
     def __init__(self, base: Any, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits) -> None:
         self.base, self.tokenizer, self.limits = base, tokenizer, limits
+        pack(base)
         self.mix = Mix(base)
         self.encoding = threading.Lock()
         self._changed = threading.Condition()
@@ -251,7 +253,8 @@ class SlotsBase:
 
     def _say(self, rows: Sequence[_Asked], logits: torch.Tensor) -> None:
         """Give each row its next token."""
-        likeliest = logits.argmax(-1).tolist()
+        # The same as `argmax`, which takes five times as long for bf16 on a CPU (torch 2.13).
+        likeliest = logits.max(-1).indices.tolist()
         for index, row in enumerate(rows):
             if row.done:
                 continue
