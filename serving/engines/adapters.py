@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from regraft.methods.quantised import weight_of
+from serving.engines.packed import PackedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -96,7 +97,7 @@ def _by_layer(
         layer, part = _split(key, parts)
         if layer is None:
             raise UnmixableError(f"{key} is no part that is known")
-        if not isinstance(_linear(base, layer), nn.Linear):
+        if not isinstance(_linear(base, layer), nn.Linear | PackedLinear):
             raise UnmixableError(f"{layer} is no linear layer")
         found.setdefault(layer, {})[part] = tensor.float()
     return found

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from serving.engines.adapters import Adapter
+from regraft.methods import parse_method
+from serving.engines.adapters import Adapter, read_adapter
 from serving.engines.mixed import Mix, alike
+from serving.engines.packed import pack
 
 INPUTS, OUTPUTS = 24, 40
 
@@ -108,3 +111,18 @@ def test_prompts_of_like_lengths_go_together() -> None:
         batches = alike(lengths, cost)
         assert sorted(i for batch in batches for i in batch) == list(range(32))
     assert len(alike(lengths, 10**6)) == 1
+
+
+def test_an_adapter_is_read_the_same_for_a_base_that_is_packed(
+    base_folder: Path, adapters: dict[str, Path]
+) -> None:
+    """DoRA's norms need the base's weights, which a packed layer has to give back."""
+    plain, packed = (
+        parse_method({"name": "zero_shot"}).load_base(base_folder, "bfloat16", "cpu") for _ in "ab"
+    )
+    pack(packed)
+    for kind in ("dora", "ia3"):
+        wanted, found = read_adapter(adapters[kind], plain), read_adapter(adapters[kind], packed)
+        assert wanted.out_scale
+        assert found.out_scale.keys() == wanted.out_scale.keys()
+        assert all(torch.equal(found.out_scale[n], scale) for n, scale in wanted.out_scale.items())
