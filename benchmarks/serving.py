@@ -105,7 +105,7 @@ def engines(settings: argparse.Namespace, parts: list[str], folder: Path) -> dic
                     "tokens_per_s": round(made["slots"], 1),
                 }
         if "vllm" in parts and whole and device == "cpu" and settings.vllm_python:
-            made = sides.beside_vllm(Path(settings.vllm_python), count, rounds)
+            made = sides.beside_vllm(Path(settings.vllm_python), count, 1 if settings.quick else 3)
             for key, what in {"": "base", "_lora": "lora"}.items():
                 ratio = made[f"slots, {what}"] / made[f"vllm, {what}"]
                 measured[f"tokens_per_s_vs_vllm{key}"] = round(ratio, 2)

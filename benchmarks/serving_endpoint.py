@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ class Registered:
     versions: tuple[int, ...]
     folder: Path
 
-    def settings(self, **section: Any) -> EndpointSettings:
+    def settings(self) -> EndpointSettings:
         """Of an endpoint with one engine replica and a spool of its own."""
         from regraft.config import ServeSection
         from regraft.processes import free_port
@@ -48,7 +49,7 @@ class Registered:
             captures=self.folder / f"captures-{port}",
             dtype="float32" if self.name == "tiny" else "bfloat16",
             device="cpu",
-            serve=ServeSection(port=port, **{"max_queued": 1024, "poll_seconds": 0.2, **section}),
+            serve=ServeSection(port=port, max_queued=1024),
         )
 
 
@@ -92,19 +93,19 @@ class Endpoint:
                 raise TimeoutError(f"the endpoint did not come up; it last said: {found}")
             time.sleep(0.05)
 
-    def actor(self, deployment: str) -> psutil.Process:
-        """The process of a deployment's only replica; Ray names it so.
+    def actor(self, name: str) -> psutil.Process:
+        """The process of Ray's proxy, `ProxyActor`, or of a deployment's only replica: Ray names them so.
 
         Raises:
             LookupError: If there is none.
         """
         for process in self.family():
             try:
-                if f"ServeReplica:regraft:{deployment}" in " ".join(process.cmdline()):
+                if re.match(rf"ray::(ServeReplica:regraft:)?{name}", " ".join(process.cmdline())):
                     return process
             except psutil.NoSuchProcess:
                 continue
-        raise LookupError(f"no replica of {deployment} runs")
+        raise LookupError(f"no {name} runs")
 
     def family(self) -> list[psutil.Process]:
         """Every process of it, Ray's too."""

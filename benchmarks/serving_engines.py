@@ -115,7 +115,7 @@ class Engines:
                 VllmSide(python, self.model, adapters, core=self.core, streams=streams) as vllm,
                 _endless(self._slots),
             ):
-                vllm.answer(asked, self.tokens)  # warm up
+                vllm.answer(asked, 8)  # warm up
                 sides: dict[str, Callable[[], Round]] = {
                     f"slots, {what}": lambda what=what: self._together(what, asked),  # type: ignore[misc]
                     f"vllm, {what}": lambda vllm=vllm: vllm.answer(asked, self.tokens),  # type: ignore[misc]

@@ -11,6 +11,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import psutil
 from serving_endpoint import Registered, answers, child, loading, pin, read, running
 
 #: Cores of the engine, and of all else that takes part.
@@ -42,7 +43,8 @@ def added_latency(
     Returns:
         Milliseconds: what is added to whole answers (`added_latency_p50_ms`, `added_latency_p95_ms`) and to
         streams and their first text; `hop_p50_ms`, the part of it between the gateway and the engine's
-        replica and back; `round_trip_p50_ms`, that of a request which no engine answers; what the endpoint's
+        replica and back; `round_trip_p50_ms`, that of a request which no engine answers; the CPU time that
+        Ray's proxy and the gateway spend on an answer, with what they do beside it; what the endpoint's
         answers and first texts take; and `capture_cost_ms`, the time of one capture.
     """
     from regraft.data.captures import CaptureStore
@@ -65,12 +67,19 @@ def added_latency(
         for process in endpoint.family():
             pin(process, OTHER_CORE)
         pin(endpoint.actor("Engines"), ENGINE_CORE)
+        spent = {name: 0.0 for name in ("ProxyActor", "Gateway", "Engines")}
+        asked_whole = 0
         for number in range(rounds + 1):
             for stream in (False, True):
-                name = ", stream" if stream else ""
+                of = ", stream" if stream else ""
                 body = {"model": model.name, "messages": TURNS, "max_tokens": tokens, "temperature": 0}
                 load = {"url": endpoint.url, "bodies": [body | {"stream": stream}], "count": each // 2}
+                before = {name: _cpu_seconds(endpoint.actor(name)) for name in spent}
                 told = answers(loading(load | {"warm": 2}))
+                if number and not stream:
+                    asked_whole += len(told) + 2
+                    for name, start in before.items():
+                        spent[name] += _cpu_seconds(endpoint.actor(name)) - start
                 asked = {"ids": ids, "tokens": tokens, "count": each // 2, "whole": not stream}
                 alone.stdin.write(json.dumps(asked) + "\n")
                 alone.stdin.flush()
@@ -78,8 +87,8 @@ def added_latency(
                 if wrong := [t for t in told if t["error"]]:
                     raise RuntimeError(f"the endpoint failed: {wrong[0]}")
                 if number:  # the first round warms up
-                    found[f"http{name}"] += [t["seconds"] for t in told]
-                    found[f"bare{name}"] += [end for _, end in took]
+                    found[f"http{of}"] += [t["seconds"] for t in told]
+                    found[f"bare{of}"] += [end for _, end in took]
                     if stream:
                         found["http, first"] += [t["first"] for t in told if t["first"] is not None]
                         found["bare, first"] += [first for first, _ in took]
@@ -95,6 +104,9 @@ def added_latency(
             f" of {len(values)}"
         )
 
+    cpu = {name: 1000 * seconds / asked_whole for name, seconds in spent.items()}
+    say(f"{model.name}, CPU of a whole answer: " + ", ".join(f"{n} {ms:.1f} ms" for n, ms in cpu.items()))
+
     def added(name: str, percent: int) -> float:
         return round(1000 * (_p(found[f"http{name}"], percent) - _p(found[f"bare{name}"], percent)), 2)
 
@@ -104,6 +116,8 @@ def added_latency(
         "added_first_token_p50_ms": added(", first", 50),
         "added_stream_p50_ms": added(", stream", 50),
         "hop_p50_ms": round(1000 * (_p(found["captured"], 50) - _p(found["bare"], 50)), 2),
+        "proxy_cpu_ms": round(cpu["ProxyActor"], 2),
+        "gateway_cpu_ms": round(cpu["Gateway"], 2),
         "round_trip_p50_ms": round(1000 * _p(found["round trip"], 50), 2),
         "answer_p50_ms": round(1000 * _p(found["http"], 50), 2),
         "first_token_p50_ms": round(1000 * _p(found["http, first"], 50), 2),
@@ -141,6 +155,11 @@ def capture_cost(captures: Path) -> float:
             seconds.append(time.perf_counter() - begun)
         log.close()
     return statistics.median(seconds)
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def _written(settings: Any) -> Path:
