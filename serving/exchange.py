@@ -77,6 +77,9 @@ class Observer(Protocol):
     def began(self, version: ModelVersion, prompt_tokens: int, /) -> None:
         """The engine has taken the request on."""
 
+    def queued(self, version: ModelVersion, seconds: float, /) -> None:
+        """It waited so long until an engine worked for it; told at its end."""
+
     def first_token(self, version: ModelVersion, seconds: float, /) -> None:
         """The first text is there, so long after `began`."""
 
@@ -203,6 +206,9 @@ class Exchange:
             self._first = event.first_token_seconds
             if self._observer:
                 self._observer.first_token(self._asked.version, self._first)
+        if self._observer and event.busy_seconds is not None:
+            waited = time.perf_counter() - self._begun - event.busy_seconds
+            self._observer.queued(self._asked.version, max(0.0, waited))
         self._end(event.reason)
         return None
 

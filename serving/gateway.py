@@ -47,9 +47,16 @@ def create_gateway(
         metrics.loaded(version, time.perf_counter() - started)
         return engine
 
+    shelf = Shelf(
+        timed,
+        told=told,
+        gone=lambda version: metrics.forget(version),
+        spare=section.keep_versions,
+        retry_seconds=section.poll_seconds,
+    )
     table = VersionTable(
         source,
-        Shelf(timed, told=told, spare=section.keep_versions, retry_seconds=section.poll_seconds),
+        shelf,
         name=settings.name,
         poll_seconds=section.poll_seconds,
         canary=section.canary,

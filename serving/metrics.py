@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_asgi_app
+from prometheus_client import CollectorRegistry, Counter, Histogram, make_asgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
@@ -87,7 +87,6 @@ class Metrics:
         self.whole = self._histogram("e2e_request_latency_seconds", "Until the end.", _WHOLE)
         self._queue = self._histogram("request_queue_time_seconds", "Until the engine began.", _WHOLE)
         self._load = self._histogram("adapter_load_seconds", "To load a version and warm it.", _WHOLE)
-        self._waiting = self._gauge("num_requests_waiting", "Requests that no engine has begun.")
         self.prompt = self._counter("prompt_tokens", "Tokens of prompts.")
         self.generated = self._counter("generation_tokens", "Tokens of answers.")
         self.success = self._counter("request_success", "Ended requests.", (*LABELS, "finished_reason"))
@@ -125,8 +124,8 @@ class Metrics:
             series.success[reason].inc()
             series.whole.observe(seconds)
 
-    def queued(self, version: ModelVersion, seconds: float) -> None:
-        """An engine has begun a request that waited for so long."""
+    def queued(self, version: ModelVersion, seconds: float, /) -> None:
+        """A request waited so long for an engine."""
         self._queue.labels(*self._labels(version)).observe(seconds)
 
     def loaded(self, version: ModelVersion, seconds: float) -> None:
@@ -136,10 +135,6 @@ class Metrics:
     def rate_limited(self, limit: str) -> None:
         """A request asked for more requests or tokens than its key may."""
         self._limited.labels(limit).inc()
-
-    def watch_waiting(self, version: ModelVersion, read: Callable[[], int]) -> None:
-        """Ask this, at every scrape, how many requests wait for the engine of a version."""
-        self._waiting.labels(*self._labels(version)).set_function(read)
 
     def watch_dropped(self, name: Dropped, read: Callable[[], int]) -> None:
         """Ask this, at every scrape, how many were dropped since the process began."""
@@ -153,7 +148,7 @@ class Metrics:
         labels = {"model": version.name, "version": str(version.version)}
         for metric in (
             *(self.first, self.between, self.whole, self._queue, self._load),
-            *(self._waiting, self.prompt, self.generated, self.success),
+            *(self.prompt, self.generated, self.success),
         ):
             metric.remove_by_labels(labels)
 
@@ -180,9 +175,6 @@ class Metrics:
 
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"regraft_{name}", help, LABELS, registry=self.registry, buckets=buckets)
-
-    def _gauge(self, name: str, help: str) -> Gauge:
-        return Gauge(f"regraft_{name}", help, LABELS, registry=self.registry)
 
     def _counter(self, name: str, help: str, labels: tuple[str, ...] = LABELS) -> Counter:
         return Counter(f"regraft_{name}", help, labels, registry=self.registry)

@@ -66,6 +66,7 @@ class Shelf:
     Args:
         load: Makes an engine.
         told: Is told which versions have a role, whenever that is said.
+        gone: Is told of each version that leaves.
         spare: Versions without a role that may be loaded beside those that have one.
         retry_seconds: How long a version that failed to load is left alone at first; twice as long each
             time it fails again, up to a minute.
@@ -76,11 +77,12 @@ class Shelf:
         load: Loader,
         *,
         told: Callable[[frozenset[int]], None] | None = None,
+        gone: Callable[[ModelVersion], None] | None = None,
         spare: int = 2,
         retry_seconds: float = 1.0,
     ) -> None:
         self._load = load
-        self._told = told
+        self._told, self._gone = told, gone
         self._spare = spare
         self._retry_seconds = retry_seconds
         self._loaded: dict[int, Loaded] = {}
@@ -202,6 +204,8 @@ class Shelf:
     def _retire(self, loaded: Loaded) -> None:
         """Take a version off the shelf and unload it in a thread."""
         del self._loaded[loaded.version.version]
+        if self._gone:
+            self._gone(loaded.version)
         task = asyncio.get_running_loop().create_task(asyncio.to_thread(loaded.engine.close))
         self._unloading.add(task)
         task.add_done_callback(self._unloading.discard)

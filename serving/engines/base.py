@@ -80,12 +80,14 @@ class Finished:
 
     Attributes:
         first_token_seconds: How long after it was submitted its first token was there, as the engine saw it.
+        busy_seconds: How long the engine worked for it; what is missing to the whole, it waited.
     """
 
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     first_token_seconds: float | None = field(default=None, compare=False)
+    busy_seconds: float | None = field(default=None, compare=False)
 
 
 Event: TypeAlias = TextDelta | Finished

@@ -61,7 +61,7 @@ class Row(Stream):
         # What nobody looks at before its end is not read token by token.
         self._unseen = request.whole and not request.stop and request.logprobs is None
         self._ids: list[int] = []
-        self._begun = time.perf_counter()
+        self._begun = self._joined = time.perf_counter()
         self._first: float | None = None
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | EngineError] = asyncio.Queue()
@@ -79,6 +79,10 @@ class Row(Stream):
         """Want no more of it."""
         self._ended = True
         self._cancelled(self)
+
+    def begin(self) -> None:
+        """Note that it waits no longer."""
+        self._joined = time.perf_counter()
 
     def take(self, token: int, eos: frozenset[int], logits: torch.Tensor | None = None) -> None:
         """Add one generated token, on the worker thread.
@@ -134,7 +138,8 @@ class Row(Stream):
 
     def _end(self, reason: FinishReason) -> None:
         self.done = True
-        self._post(Finished(reason, len(self.request.prompt_ids), self._count, self._first))
+        busy = time.perf_counter() - self._joined
+        self._post(Finished(reason, len(self.request.prompt_ids), self._count, self._first, busy))
 
     def _give(self, text: str, *, last: bool = False) -> None:
         self._given += len(text)

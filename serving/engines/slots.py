@@ -189,6 +189,7 @@ class SlotsBase:
             if some and (len(some) + 1) * widest > _PREFILL_TOKENS:
                 break
             some.append(self._waiting.popleft())
+            row.begin()
         return some
 
     def _virtual(self, row: _Asked) -> int:

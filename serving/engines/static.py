@@ -157,6 +157,7 @@ class StaticEngine(OwnEngine):
                     self._running = list(self._waiting)[: self._limits.max_batch]
                     for row in self._running:
                         self._waiting.remove(row)
+                        row.begin()
                     return self._running
         return []
 

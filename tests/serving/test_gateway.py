@@ -103,7 +103,10 @@ def test_metrics_count_what_was_answered(here: Here, stream: bool) -> None:
         assert found and all('variant="champion"' in line and 'version="1"' in line for line in found)
         return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
-    names = ("generation_tokens_total", "request_success_total", "time_to_first_token_seconds_count")
+    names = (
+        *("generation_tokens_total", "request_success_total"),
+        *("time_to_first_token_seconds_count", "request_queue_time_seconds_count"),
+    )
     before = [figure(name) for name in names]
     answer = here.client("user").chat.completions.create(
         model="support", messages=CHAT, max_tokens=7, stream=stream
@@ -111,7 +114,7 @@ def test_metrics_count_what_was_answered(here: Here, stream: bool) -> None:
     for _ in answer if stream else ():
         pass
     after = [figure(name) for name in names]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [7, 1, 1]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [7, 1, 1, 1]
     assert figure("num_requests_running") == 0
 
 

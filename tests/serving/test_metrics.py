@@ -99,18 +99,16 @@ def test_failures_are_no_successes_and_running_follows_the_variant(make_version:
 
 def test_what_others_tell_is_shown_and_a_forgotten_version_is_not(make_version: Any) -> None:
     metrics, version, other = Metrics(), make_version(1), make_version(2)
-    waiting, dropped = [4], [2]
-    metrics.watch_waiting(version, lambda: waiting[0])
+    dropped = [2]
     metrics.watch_dropped("shadow_dropped", lambda: dropped[0])
     metrics.queued(version, 0.4)
     metrics.loaded(version, 2.2)
     metrics.loaded(other, 2.2)
     metrics.rate_limited("tokens")
     metrics.began(version, 1)
-    waiting[0], dropped[0] = 5, 3
+    dropped[0] = 3
     labels = ONE | {"variant": ""}
     value = figures(metrics.render()[0].decode())
-    assert value("num_requests_waiting", **labels) == 5
     assert value("shadow_dropped_total") == 3
     assert value("request_queue_time_seconds_sum", **labels) == 0.4
     assert value("adapter_load_seconds_bucket", **labels, le="2.5") == 1

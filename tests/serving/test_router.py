@@ -25,6 +25,8 @@ class _Words(Stream):
         self._events: list[Event] = [*map(TextDelta, words), Finished("length", 1, len(words))]
 
     async def __anext__(self) -> Event:
+        if self._engine.silent.is_set():
+            await asyncio.Event().wait()
         await asyncio.sleep(0)  # let others in between any two tokens
         assert not self._engine.closed, "an engine in use was closed"
         if not self._events:
@@ -33,6 +35,7 @@ class _Words(Stream):
 
     def cancel(self) -> None:
         self._events = []
+        self._engine.cancelled = True
 
 
 class FakeEngine(Engine):
@@ -43,8 +46,9 @@ class FakeEngine(Engine):
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.closed = False
+        self.closed = self.cancelled = False
         self.submitted = 0
+        self.silent = asyncio.Event()
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         return [1]
@@ -137,6 +141,33 @@ def test_switch_under_load_fails_nothing_and_mixes_nothing(
     captured = store.read()
     assert len(captured) == len(answers)
     assert all(set(e.output.split()) == {f"v{e.model_version}"} for e in captured)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long_is_given_up(
+    bench: Callable[..., Bench], tmp_path: Path, stream: bool
+) -> None:
+    b = bench()
+    b.registry.champion = 1
+    store = CaptureStore(tmp_path)
+    app = create_app(b.table, CaptureLog(store), max_new_tokens=50, timeout_seconds=0.05)
+
+    async def run() -> httpx.Response:
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+                await b.table.poll()
+                b.engines[1].silent.set()
+                body = {"model": "support", "messages": [{"role": "user", "content": "x"}], "stream": stream}
+                reply = await http.post("/v1/chat/completions", json=body)
+                (loaded,) = b.table.health()["loaded"]
+                assert loaded["requests"] == 0 and b.engines[1].cancelled
+                return reply
+
+    reply = asyncio.run(run())
+    assert reply.status_code == 504 and reply.json()["error"]["code"] == "timeout"
+    (kept,) = store.read()
+    assert kept.finish_reason == "error" and kept.error is not None and "0.05 seconds" in kept.error
 
 
 def test_a_version_that_does_not_load_takes_no_traffic(bench: Callable[..., Bench]) -> None:
