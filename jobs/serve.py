@@ -28,7 +28,9 @@ _HEAD = """\
 #
 #     serve deploy {file} --address http://HEAD:8265     (and again after a change)
 #     serve status --address http://HEAD:8265
-#     serve shutdown --address http://HEAD:8265
+#
+# To take it down, deploy it with `applications: []`: what is being answered is answered to its end.
+# (`serve shutdown` breaks it off.)
 #
 # Each node must reach MLflow at `tracking_uri` and the base model where it was trained from, and may write to
 # `cache` and `captures`.
