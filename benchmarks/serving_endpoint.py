@@ -145,25 +145,31 @@ def running(settings: EndpointSettings, environment: Mapping[str, str] = {}) -> 
 
 
 def child(arguments: Sequence[str], environment: Mapping[str, str] = {}, core: int | None = None) -> Any:
-    """Start `serving_child.py`, on one core if it is named."""
+    """Start `serving_child.py`, on one core if it is named; it logs beside its settings."""
     bound = [] if core is None else ["taskset", "-c", str(core)]
-    return subprocess.Popen(
-        [*bound, sys.executable, "-P", str(HERE / "serving_child.py"), *arguments],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        cwd=HERE.parent, env={**os.environ, **environment},
-    )  # fmt: skip
+    with _log(arguments).open("wb") as log:
+        return subprocess.Popen(
+            [*bound, sys.executable, "-P", str(HERE / "serving_child.py"), *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            cwd=HERE.parent, env={**os.environ, **environment},
+        )  # fmt: skip
 
 
 def read(process: Any) -> str:
     """The next line of a child that is JSON or a word of its own.
 
     Raises:
-        ChildProcessError: If it ended.
+        ChildProcessError: If it ended; with the end of its log.
     """
     while line := process.stdout.readline():
         if line.strip() in {"deployed", "loaded"} or line.startswith("["):
             return str(line).strip()
-    raise ChildProcessError(f"{process.args} ended with status {process.wait()}")
+    status, arguments = process.wait(), process.args[process.args.index("-P") + 2 :]
+    raise ChildProcessError(f"status {status} of {arguments}: {_log(arguments).read_text()[-2000:]}")
+
+
+def _log(arguments: Sequence[str]) -> Path:
+    return Path(arguments[1]).with_suffix(f".{arguments[0]}.log")
 
 
 def loading(load: Mapping[str, Any]) -> subprocess.Popen[str]:
@@ -184,6 +190,12 @@ def pin(process: psutil.Process, core: int) -> None:
     """Bind a running process with all of its threads to one core."""
     for thread in process.threads():
         os.sched_setaffinity(thread.id, {core})
+
+
+def put_behind(process: psutil.Process, niceness: int) -> None:
+    """Give a running process with all of its threads the priority that Ray gives its workers."""
+    for thread in process.threads():
+        os.setpriority(os.PRIO_PROCESS, thread.id, niceness)
 
 
 def register(

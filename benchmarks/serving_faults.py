@@ -102,7 +102,7 @@ def kill(model: Registered, *, rounds: int, say: Callable[[str], None]) -> dict[
         told = answers(load)
         ids = {t["id"] for t in told if t["id"]}
         kept = {exchange.id for exchange in CaptureStore(endpoint.settings.captures).read()}
-        after = sum(1 for t in told if t["id"] and t["begun"] > killed + back)
+        after = sum(1 for t in told if t["id"] and t["begun"] + t["seconds"] > killed + back)
         answered, lost = answered + len(ids), lost + len(ids - kept)
         say(
             f"kill {number}: {len(ids)} whole answers, {len(ids - kept)} not captured; the gateway was back "

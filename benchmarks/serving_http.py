@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from serving_endpoint import Registered, answers, child, loading, pin, read, running
+from serving_endpoint import Registered, answers, child, loading, pin, put_behind, read, running
 
 #: Cores of the engine, and of all else that takes part.
 ENGINE_CORE, OTHER_CORE = 0, 1
@@ -30,7 +30,8 @@ def added_latency(
 ) -> dict[str, float]:
     """One client at a time over HTTP, and the same requests to the bare engine in a process, by turns.
 
-    Both engines have one thread and are bound to the same core; client, proxy and gateway to another.
+    Both engines have one thread, the priority of Ray's workers, and the same core; client, proxy and gateway
+    have another core.
 
     Args:
         model: Its first version answers.
@@ -66,7 +67,9 @@ def added_latency(
         read(alone)
         for process in endpoint.family():
             pin(process, OTHER_CORE)
-        pin(endpoint.actor("Engines"), ENGINE_CORE)
+        engines = endpoint.actor("Engines")
+        pin(engines, ENGINE_CORE)
+        put_behind(psutil.Process(alone.pid), engines.nice())
         spent = {name: 0.0 for name in ("ProxyActor", "Gateway", "Engines")}
         asked_whole = 0
         for number in range(rounds + 1):
