@@ -56,7 +56,7 @@ def serve(experiment: Experiment, connection: Connection, say: Say = say) -> str
         settings = settings_of(experiment, connection.tracking_uri, connection.captures(experiment))
         say("deploying the endpoint on Ray Serve")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        deploy(settings, host=section.host, port=port)
+        deploy(settings, host=section.host, port=port, say=say)
     wait_for_champion(base, experiment.name)
     return base
 

@@ -6,6 +6,9 @@ arguments. Files of that kind come from `regraft serve --config`.
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,12 +16,15 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from regraft.errors import ServiceError
 from serving.gateway import create_gateway
 from serving.remote import RemoteEngines
 from serving.replica import EngineReplica
 from serving.settings import EndpointSettings
 
 __all__ = ["APP_NAME", "EndpointSettings", "build_app", "delete", "deploy", "serve_config"]
+
+logger = logging.getLogger(__name__)
 
 APP_NAME = "regraft"
 
@@ -131,18 +137,45 @@ def serve_config(settings: EndpointSettings, *, host: str, port: int) -> dict[st
     }
 
 
-def deploy(settings: EndpointSettings, *, host: str, port: int) -> None:
+def deploy(
+    settings: EndpointSettings, *, host: str, port: int, say: Callable[[str], None] = logger.warning
+) -> None:
     """Run the endpoint on the Ray that this process is connected to.
 
-    Returns when it answers HTTP, which may be before the first version is loaded: see `/health`.
+    Returns when it answers HTTP, which may be before the first version is loaded: see `/health`. A large
+    model may take long, and so may a cluster that has to grow first: it waits for as long as there is hope.
 
     Args:
         settings: What to serve.
         host: Address to listen on.
         port: Port to listen on.
+        say: Is told why it takes long, where Ray says so.
+
+    Raises:
+        ServiceError: If Ray has given up.
     """
     serve.start(http_options={"host": host, "port": port})
-    serve.run(build_app(settings), name=APP_NAME, route_prefix="/")
+    target = serve.RunTarget(build_app(settings), name=APP_NAME, route_prefix="/")
+    serve.run_many([target], wait_for_applications_running=False)
+    said: set[str] = set()
+    while True:
+        application = serve.status().applications[APP_NAME]
+        if application.status == "RUNNING":
+            return
+        messages = {_ends(d.message) for d in application.deployments.values() if d.message}
+        if application.status == "DEPLOY_FAILED":
+            why = "; ".join(sorted(messages)) or application.message
+            raise ServiceError(f"the endpoint does not come up: {why}", "see Ray's dashboard and logs")
+        for message in sorted(messages - said):
+            say(message)
+        said |= messages
+        time.sleep(0.1)
+
+
+def _ends(message: str) -> str:
+    """What Ray says before a traceback, and the error after it."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines if len(lines) < 3 else (lines[0], lines[-1]))
 
 
 def delete() -> None:
