@@ -192,12 +192,6 @@ def pin(process: psutil.Process, core: int) -> None:
         os.sched_setaffinity(thread.id, {core})
 
 
-def put_behind(process: psutil.Process, niceness: int) -> None:
-    """Give a running process with all of its threads the priority that Ray gives its workers."""
-    for thread in process.threads():
-        os.setpriority(os.PRIO_PROCESS, thread.id, niceness)
-
-
 def register(
     uri: str, folder: Path, name: str, base: str, methods: Sequence[dict[str, Any]], spread: float
 ) -> Registered:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from serving_endpoint import Registered, answers, child, loading, pin, put_behind, read, running
+from serving_endpoint import Registered, answers, child, loading, pin, read, running
 
 #: Cores of the engine, and of all else that takes part.
 ENGINE_CORE, OTHER_CORE = 0, 1
@@ -30,8 +30,8 @@ def added_latency(
 ) -> dict[str, float]:
     """One client at a time over HTTP, and the same requests to the bare engine in a process, by turns.
 
-    Both engines have one thread, the priority of Ray's workers, and the same core; client, proxy and gateway
-    have another core.
+    Both engines have one thread, the same priority and the same core; client, proxy and gateway have another
+    core. Ray gives its workers a low priority, which would count what else runs on the machine.
 
     Args:
         model: Its first version answers.
@@ -62,14 +62,12 @@ def added_latency(
             *("round trip", "captured"),
         )
     }
-    with running(settings, environment) as endpoint:
+    with running(settings, {"RAY_worker_niceness": "0", **environment}) as endpoint:
         alone = child(["bare", str(_written(settings)), str(version.version)], core=ENGINE_CORE)
         read(alone)
         for process in endpoint.family():
             pin(process, OTHER_CORE)
-        engines = endpoint.actor("Engines")
-        pin(engines, ENGINE_CORE)
-        put_behind(psutil.Process(alone.pid), engines.nice())
+        pin(endpoint.actor("Engines"), ENGINE_CORE)
         spent = {name: 0.0 for name in ("ProxyActor", "Gateway", "Engines")}
         asked_whole = 0
         for number in range(rounds + 1):
