@@ -43,7 +43,8 @@ browser:
 
 test: $(VENV)/.installed-test browser
 	@echo "── running the tests"
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile tests/core tests/monitoring tests/serving
+	$(BIN)/python -m pytest -m "not slow" tests/jobs tests/e2e
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

@@ -416,7 +416,7 @@ def test_an_observer_sees_each_exchange_from_beginning_to_end(here: Here) -> Non
     assert answer.usage is not None
     names = [event[0] for event in here.seen.told]
     assert names[:2] == ["began", "first_token"] and names[-1] == "ended"
-    assert set(names[2:-1]) <= {"token"}
+    assert set(names[2:-1]) <= {"token", "queued"} and names[-2] == "queued"
     began, ended = here.seen.told[0], here.seen.told[-1]
     assert began[1:] == ("support/1", answer.usage.prompt_tokens)
     assert ended[1:5] == ("support/1", "length", answer.usage.prompt_tokens, 6)
