@@ -52,7 +52,8 @@ def check_drift(
         name = f"reference-{champion.version}"
         reference = load(connection.registry.load_artifact(champion.run_id, name, Path(folder)))
     store = CaptureStore.of(connection.captures(experiment), experiment.serve.capture)
-    exchanges = store.read(start=start, end=end, model=experiment.name, version=champion.version)
+    found = store.read(start=start, end=end, model=experiment.name, version=champion.version)
+    exchanges = [e for e in found if e.variant != "shadow"]  # nobody saw those
     say(f"{len(exchanges)} exchanges of {champion.served_id} against {len(reference.rows)} reference answers")
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
     html = connection.workspace / "reports" / f"drift-{experiment.name}-{stamp}.html"

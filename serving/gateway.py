@@ -67,9 +67,11 @@ def create_gateway(
     store = CaptureStore.of(settings.captures, capture)
     log = CaptureLog(store)
     metrics.watch_dropped("capture_dropped", lambda: log.dropped)
-    shadow = Shadow(table, section.shadow, section.shadow_max_running) if section.shadow else None
-    if shadow:
-        metrics.watch_dropped("shadow_dropped", lambda: shadow.dropped)
+    shadow = None
+    if section.shadow:
+        room = section.max_batch * section.min_replicas
+        shadow = Shadow(table, section.shadow, section.shadow_max_running, room)
+        metrics.watch_dropped("shadow_dropped", lambda: shadow.dropped if shadow else 0)
     shipper = Shipper(store, every_seconds=capture.ship_every_seconds, keep_days=capture.keep_days)
     app = create_app(
         table,

@@ -74,6 +74,10 @@ class RemoteStream(Stream):
             self._here.extend(await self._more())
         event = self._here.popleft()
         if isinstance(event, Failed):
+            if event.kind == "closed" and not self._said and self._tries < _TRIES:
+                logger.warning("%s: %s; asking again", self._who, event.message)
+                self._response = None  # an engine that ended is loaded again by those who ask for it
+                return await anext(self)
             self._over = True
             raise _error(event)
         self._said = True
@@ -227,4 +231,4 @@ def _unavailable(version: ModelVersion, error: BaseException) -> UnavailableErro
 def _error(failed: Failed) -> Exception:
     if failed.kind == "full":
         return QueueFullError(failed.message)
-    return EngineClosedError(failed.message) if failed.kind == "closed" else EngineError(failed.message)
+    return EngineError(failed.message) if failed.kind == "engine" else EngineClosedError(failed.message)

@@ -36,7 +36,7 @@ class Prepared:
 class Failed:
     """Why an answer ends early. Travels as a value: an exception would carry a traceback along."""
 
-    kind: Literal["engine", "closed", "full"]
+    kind: Literal["engine", "closed", "full", "unavailable"]
     message: str
 
 
@@ -110,7 +110,7 @@ class EngineReplica:
         try:
             loaded = self._shelf.hold(await self._ensure(number, kept))
         except Exception as error:
-            yield [Failed("closed", str(error))]
+            yield [Failed("unavailable", str(error))]
             return
         try:
             async with aclosing(loaded.engine.submit(request)) as events:

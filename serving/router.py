@@ -96,6 +96,11 @@ class VersionTable:
         return [loaded.version for loaded in self._shelf.loaded]
 
     @property
+    def requests(self) -> int:
+        """Requests under way."""
+        return sum(loaded.references for loaded in self._shelf.loaded)
+
+    @property
     def names(self) -> list[str]:
         """All that a client may ask for without a load."""
         named = [f"{self.name}@{alias}" for alias in self._followed if alias in self._named]

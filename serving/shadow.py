@@ -23,11 +23,14 @@ class Shadow:
         table: Has the version.
         share: Of the requests, or of the sessions where there are some, from 0 to 1.
         max_running: Requests that it answers at once.
+        room: Requests of all under way from which on it has no room: those who wait for their answers come
+            first.
     """
 
     table: VersionTable
     share: float
     max_running: int
+    room: int
     dropped: int = 0
     _running: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -41,7 +44,7 @@ class Shadow:
         loaded = self.table.shadow
         if loaded is None or not self._drawn(who):
             return
-        if len(self._running) >= self.max_running:
+        if len(self._running) >= self.max_running or self.table.requests > self.room:
             self.dropped += 1
             return
         task = asyncio.get_running_loop().create_task(self._answer(loaded, exchange))
