@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from regraft.config import Constraint, Experiment, GateSection, SweepSection
+from regraft.config import Constraint, Experiment, GateSection, ServeSection, SweepSection
 from regraft.evals import METRIC_CLASSES, AnyMetric, Metric
 from regraft.methods import METHOD_CLASSES
 
@@ -77,7 +78,7 @@ _SUPPORT_WORDS = """### What each can do
 *Quantised base*: the method trains on an NF4 base (`quantise: nf4` or `nf4_double`) as on the same values
 in full. *Merges*: the adapter can go into the weights of a base held in full without a change of what the
 model says. *Mixed batches*: rows of one batch may take their own adapters in PEFT. *LoRA engines*: the
-files are plain LoRA, which vLLM takes; this project's own static engine serves every method. *Packed rows*:
+files are plain LoRA, which vLLM takes; Regraft's own engines serve every method. *Packed rows*:
 `sweep.packing`. *Checkpointed activations*: `sweep.gradient_checkpointing`. Each cell is declared by the
 method's class and held against what really happens by `tests/core/test_support.py`, on the CPU: a method
 that does more or less than it declares fails there. A configuration that asks for what a method does not do
@@ -86,6 +87,19 @@ is refused before anything starts.
 """
 #: Types under other names than Python's.
 _PLAIN = {"str": "text", "Path": "path", "NoneType": "null", "Constraint": "text"}
+
+
+def _nested(section: str, of: type[BaseModel]) -> Iterator[str]:
+    """What stands in the fields of a section that are sections themselves."""
+    for name, field in of.model_fields.items():
+        for nested in _models(field.annotation):
+            # A `name` that tells variants apart has a default; any other is a key of its own.
+            default = nested.model_fields["name"].default if "name" in nested.model_fields else None
+            variant = default if isinstance(default, str) else None
+            title = f"{section}.{name}" + (f": {{name: {variant}}}" if variant else "")
+            doc = " ".join((nested.__doc__ or "").split())
+            yield f"### `{title}`\n\n{doc}\n\n{_table(nested, skip=('name',) if variant else ())}"
+            yield from () if variant else _nested(title, nested)
 
 
 def schema() -> str:
@@ -101,12 +115,7 @@ def markdown() -> str:
         if isinstance(section, type) and issubclass(section, BaseModel):
             doc = " ".join((section.__doc__ or "").split())
             parts.append(f"## `{name}`\n\n{doc}\n\n{_table(section)}")
-    for name, field in SweepSection.model_fields.items():
-        for nested in _models(field.annotation):
-            variant = nested.model_fields["name"].default if "name" in nested.model_fields else None
-            title = f"sweep.{name}" + (f": {{name: {variant}}}" if variant else "")
-            doc = " ".join((nested.__doc__ or "").split())
-            parts.append(f"### `{title}`\n\n{doc}\n\n{_table(nested, skip=('name',))}")
+    parts += [*_nested("sweep", SweepSection), *_nested("serve", ServeSection)]
     gate = " ".join((GateSection.__doc__ or "").split())
     parts.append(f"### `select.gate`\n\n{gate}\n\n{_table(GateSection)}")
     parts.append(_METHODS)
@@ -177,7 +186,7 @@ def _words(annotation: Any) -> str:
     if kind is Annotated:
         return "metric" if annotation is AnyMetric else _words(inside[0])
     if kind in (Literal, Union, UnionType):
-        words = [part if isinstance(part, str) else _words(part) for part in inside]
+        words = [str(part) if isinstance(part, str | int) else _words(part) for part in inside]
         return " | ".join(dict.fromkeys(words))
     if kind in (tuple, list):
         return f"list of {_words(inside[0])}"

@@ -12,6 +12,12 @@ from regraft.personal_data import KINDS
 from regraft.section import Section
 
 
+def beside(value: Path | None, info: ValidationInfo) -> Path | None:
+    """A path of the YAML, taken from its folder."""
+    folder = (info.context or {}).get("folder")
+    return value if value is None or folder is None else Path(folder) / value.expanduser()
+
+
 class LimitsSection(Section):
     """How much may be asked within a minute; null is without a bound."""
 
@@ -60,6 +66,11 @@ class VllmSection(Section):
     arguments: tuple[str, ...] = Field(
         (), description="More arguments of vLLM's server, such as `--max-model-len=4096`."
     )
+
+    @field_validator("python")
+    @classmethod
+    def _beside_the_yaml(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        return beside(value, info)
 
     @field_validator("arguments")
     @classmethod
@@ -234,5 +245,4 @@ class ServeSection(Section):
     @field_validator("keys")
     @classmethod
     def _keys_beside_the_yaml(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        folder = (info.context or {}).get("folder")
-        return value if value is None or folder is None else Path(folder) / value.expanduser()
+        return beside(value, info)
