@@ -177,9 +177,9 @@ class Shipper:
         self.turn()
 
     def _ship(self) -> None:
-        self._store.close()  # begins another file, so that this one can go
         if self._store.archive is None:
             return
+        self._store.close()  # begins another file, so that this one can go
         done = ship(self._store, self._store.archive, rest_seconds=_REST_SECONDS)
         for name in ("files", "exchanges", "torn"):
             self._totals[name] += getattr(done, name)
@@ -190,6 +190,7 @@ class Shipper:
     def _prune(self) -> None:
         today = datetime.now(UTC).date()
         if self._keep_days is not None and self._pruned != today:
+            self._store.close()  # yesterday's may still be the one that is written to
             self._totals["pruned_files"] += prune(self._store, self._keep_days, today=today)
             self._pruned = today
 
