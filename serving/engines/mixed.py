@@ -2,99 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from serving.engines.adapters import Adapter
+from serving.engines.tables import LayerTables, RowTables, Tables
 
 #: Sets of adapters whose stacked tensors are kept; a batch of one set is followed by one that is like it.
 _KEPT = 4
 #: On a GPU prompts of more spans than these go through all adapters together. Measured on an H100: a span
 #: costs as many launches as all adapters do.
 _FEW_SPANS = 1
-
-
-class _Layer:
-    """A layer's tensors for one set of adapters, for batches whose rows go through all adapters.
-
-    Attributes:
-        down: A of all that have one, stacked: (inputs, ranks).
-        up: Their B, with the scales of their outputs in it: (ranks, outputs).
-        owners: Of each rank the adapter's place in the set: (places, ranks), 1 where it is its own; None if
-            all rows are of one adapter.
-        in_scale: (places, inputs), or None.
-        out_scale: (places, outputs), or None.
-        out_shift: (places, outputs), or None.
-    """
-
-    __slots__ = ("_at", "_of_rows", "down", "in_scale", "out_scale", "out_shift", "owners", "up")
-
-    def __init__(self, name: str, adapters: Sequence[Adapter]) -> None:
-        found = [
-            (place, a.low_rank[name], a.out_scale.get(name))
-            for place, a in enumerate(adapters)
-            if name in a.low_rank
-        ]
-        ups = [up if scale is None else up * scale[:, None] for _, (_, up), scale in found]
-        self.down = torch.cat([down for _, (down, _), _ in found]).t().contiguous() if found else None
-        self.up = torch.cat(ups, dim=1).t().contiguous() if found else None
-        self.owners = None
-        if self.down is not None and len(adapters) > 1:
-            own = torch.cat([torch.full((len(pair[0]),), place) for place, pair, _ in found])
-            places = torch.arange(len(adapters))[:, None]
-            self.owners = (own[None] == places).to(self.down)
-        self.in_scale = _stacked([a.in_scale.get(name) for a in adapters], 1.0)
-        self.out_scale = _stacked([a.out_scale.get(name) for a in adapters], 1.0)
-        self.out_shift = _stacked([a.out_shift.get(name) for a in adapters], 0.0)
-        self._at, self._of_rows = -1, _OfRows(None, None, None, None)
-
-    def of_rows(self, mix: Mix) -> _OfRows:
-        """What each row of the batch has; looked up anew only where the rows are others than before."""
-        if self._at != mix.changes:
-            found = (self.owners, self.in_scale, self.out_scale, self.out_shift)
-            self._of_rows = _OfRows(*(None if t is None else t[mix.rows][:, None] for t in found))
-            self._at = mix.changes
-        return self._of_rows
-
-
-class _OfRows(NamedTuple):
-    """A layer's tables by row, of shape (rows, 1, width)."""
-
-    owners: torch.Tensor | None
-    in_scale: torch.Tensor | None
-    out_scale: torch.Tensor | None
-    out_shift: torch.Tensor | None
-
-
-def _stacked(found: Sequence[torch.Tensor | None], otherwise: float) -> torch.Tensor | None:
-    """Vectors of several adapters as rows, with a number for those that have none; None if nobody has one."""
-    some = next((s for s in found if s is not None), None)
-    if some is None:
-        return None
-    return torch.stack([torch.full_like(some, otherwise) if s is None else s for s in found])
-
-
-class _Tables:
-    """The layers' tensors for one set of adapters, made when they are asked for.
-
-    Attributes:
-        names: Of the layers that any of the adapters changes.
-    """
-
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
-        self.names = {name for a in adapters for name in (*a.low_rank, *a.in_scale, *a.out_scale)}
-        self._adapters = adapters
-        self._layers: dict[str, _Layer] = {}
-
-    def layer(self, name: str) -> _Layer:
-        """One of `names`."""
-        if name not in self._layers:
-            self._layers[name] = _Layer(name, self._adapters)
-        return self._layers[name]
+#: Up to so many adapters that change layers are one set for all batches. What is recorded for a set (see
+#: `regraft.evals.graphs`) then stays good whoever joins and leaves; a GPU has arithmetic to spare.
+_FEW_ADAPTERS = {"cuda": 16}
 
 
 class MixedLinear(nn.Module):
@@ -118,23 +44,28 @@ class MixedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, of shape (rows, tokens, outputs), for inputs (rows, tokens, inputs)."""
         tables = self._mix.tables
-        if tables is None or self.name not in tables.names:
+        own = None if tables is None else tables.layers.get(self.name)
+        if tables is None or own is None:
             return self.inner(x)  # type: ignore[no-any-return]
         if x.shape[1] > 1 and self._mix.spans_apart:
             return self._by_span(x)
-        return self._together(x, tables.layer(self.name))
+        return self._together(x, own, tables.of_rows(own, self._mix.rows, self._mix.changes))
 
-    def _together(self, x: torch.Tensor, own: _Layer) -> torch.Tensor:
+    def _together(self, x: torch.Tensor, own: LayerTables, here: RowTables) -> torch.Tensor:
         """Rows in any order: each goes through all adapters, of which its own counts."""
-        here = own.of_rows(self._mix)
         y: torch.Tensor = self.inner(x if here.in_scale is None else (x * here.in_scale).to(x.dtype))
         if own.down is not None and own.up is not None:
-            h = torch.mm(x.flatten(0, 1).float(), own.down)
+            h = torch.mm(self._mix.in_fp32(x).flatten(0, 1), own.down)
             if here.owners is not None:
                 h.view(*x.shape[:2], -1).mul_(here.owners)
             added = torch.mm(h, own.up).view(y.shape)
-            y = added.add_(y) if here.out_scale is None else added.addcmul_(y.float(), here.out_scale)
-        elif here.out_scale is not None:
+            if here.out_shift is not None:
+                added += here.out_shift
+            # Sums are in fp32 and rounded once, whatever `y` is.
+            if here.out_scale is None:
+                return y.add_(added)
+            return torch.addcmul(added, y, here.out_scale, out=y)
+        if here.out_scale is not None:
             y = y * here.out_scale
         if here.out_shift is not None:
             y = y + here.out_shift
@@ -177,9 +108,11 @@ class Mix:
         self._adapters: dict[int, Adapter] = {0: Adapter()}
         self._next = 1
         self._wrapped: dict[str, MixedLinear] = {}
-        self._stacked: dict[tuple[int, ...], _Tables] = {}
+        self._stacked: dict[tuple[int, ...], Tables] = {}
         #: Of the present batch.
-        self.tables: _Tables | None = None
+        self.tables: Tables | None = None
+        #: Each row's place in them.
+        self.places: Sequence[int] = ()
         self.rows = torch.zeros(0, dtype=torch.long)
         #: Neighbours of one adapter, and whether prompts go through the layers span by span.
         self.spans: list[tuple[slice, Adapter]] = []
@@ -187,6 +120,7 @@ class Mix:
         #: How often the rows were others than before.
         self.changes = 0
         self._numbers: tuple[int, ...] = ()
+        self._read = (torch.zeros(0), torch.zeros(0))
 
     def add(self, adapter: Adapter) -> int:
         """Take an adapter in; gives its number."""
@@ -220,18 +154,18 @@ class Mix:
             return
         alone = len(active) == 1 and all(n == active[0] for n in numbers)
         # Rows of the base alone have a place of their own, of which nothing is any adapter's.
-        key = active if alone else (0, *active)
+        key = self._of_all() or (active if alone else (0, *active))
         # One that holds these is good for them too: adapters come and go between steps.
         kept = (k for k in self._stacked if set(key) <= set(k) and len(k) <= 2 * len(key))
         key = min(kept, key=len, default=key)
         if key not in self._stacked:
             while len(self._stacked) >= _KEPT:
                 self._stacked.pop(next(iter(self._stacked)))
-            self._stacked[key] = _Tables([self._adapters[n] for n in key])
+            self._stacked[key] = Tables([self._adapters[n] for n in key])
         self.tables = self._stacked[key]
         places = {n: place for place, n in enumerate(key)}
-        where = [places.get(n, 0) for n in numbers]
-        self.rows = torch.tensor(where, device=self._base.device)
+        self.places = [places.get(n, 0) for n in numbers]
+        self.rows = torch.tensor(self.places, device=self._base.device)
         self.spans, start = [], 0
         for number, own in groupby(numbers):
             end = start + len(list(own))
@@ -240,6 +174,28 @@ class Mix:
         # What a span saves is arithmetic, which a GPU has; what it costs is launches.
         changed = sum(number in active for number, _ in groupby(numbers))
         self.spans_apart = self._base.device.type == "cpu" or changed <= _FEW_SPANS
+
+    @contextmanager
+    def reading(self, places: torch.Tensor) -> Iterator[None]:
+        """While open, layers read from this tensor, of shape (rows), which place in the tables a row has."""
+        before, self.rows, self.changes = self.rows, places, self.changes + 1
+        try:
+            yield
+        finally:
+            self.rows, self.changes = before, self.changes + 1
+
+    def in_fp32(self, x: torch.Tensor) -> torch.Tensor:
+        """What a layer reads, in fp32; several layers read the same."""
+        if x.shape[1] > 1:  # much to hold on to
+            return x.float()
+        if self._read[0] is not x:
+            self._read = (x, x.float())
+        return self._read[1]
+
+    def _of_all(self) -> tuple[int, ...]:
+        """The set of all adapters, where it is small enough to serve every batch; else an empty one."""
+        known = tuple(n for n in self._adapters if self._changes_layers(n))
+        return (0, *known) if 1 < len(known) <= _FEW_ADAPTERS.get(self._base.device.type, 0) else ()
 
     def _changes_layers(self, number: int) -> bool:
         adapter = self._adapters[number]

@@ -67,7 +67,7 @@ class SlotsBase:
         self._waiting: deque[_Asked] = deque()
         self._joining: list[_Asked] = []
         self._live: list[_Asked] = []
-        self._slots = Slots(base, limits.max_batch)
+        self._slots = Slots(base, limits.max_batch, self.mix)
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closed = False
         #: Adapters that are let go: no request may ask for one any more.

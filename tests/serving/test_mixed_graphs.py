@@ -1,0 +1,70 @@
+"""Steps of fixed shapes mix adapters as plain steps do; here they are done on the CPU and not recorded."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from regraft.evals import graphs
+from regraft.evals import slots as slots_module
+from regraft.evals.graphs import Fixed
+from regraft.evals.slots import Slots
+from regraft.methods import parse_method
+from regraft.models import load_tokenizer
+from serving.engines import mixed
+from serving.engines.adapters import Adapter, read_adapter
+from serving.engines.base import EngineLimits, Finished, GenerationRequest, TextDelta
+from serving.engines.slots import SlotEngine, SlotsBase
+
+KINDS = ["base", "lora", "dora", "ia3", "vera", "loha", "prompt_tuning", "prefix_tuning"]
+
+
+def crowd(base_folder: Path, adapters: dict[str, Path]) -> list[str]:
+    """Answers of many lengths, three to each kind, in five slots."""
+    base = parse_method({"name": "zero_shot"}).load_base(base_folder, "float32", "cpu")
+    shared = SlotsBase(base, load_tokenizer(base_folder), EngineLimits(max_batch=5, max_queued=100))
+
+    async def answer(of: SlotEngine, request: GenerationRequest) -> str:
+        events = [event async for event in of.submit(request)]
+        assert isinstance(events[-1], Finished)
+        return "".join(e.text for e in events if isinstance(e, TextDelta))
+
+    async def all_at_once() -> list[str]:
+        engines = [
+            SlotEngine(shared, Adapter() if kind == "base" else read_adapter(adapters[kind], base))
+            for kind in KINDS
+        ]
+        asked = [(of, i, n) for i, of in enumerate(engines) for n in (20, 3 + i, 12)]
+        return await asyncio.gather(
+            *(answer(of, GenerationRequest(tuple(range(5 + i, 9 + i + n)), n)) for of, i, n in asked)
+        )
+
+    found = asyncio.run(all_at_once())
+    shared.close()
+    return found
+
+
+@pytest.mark.parametrize("few", [0, 16])
+def test_rows_of_all_kinds_are_answered_the_same(
+    few: int, base_folder: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the tables of those adapters that rows have, and by those of all, as on a GPU."""
+    expected = crowd(base_folder, adapters)
+    steps: list[Fixed] = []
+    step = Slots.step_fixed
+
+    def counted(self: Slots, fixed: Fixed) -> torch.Tensor:
+        steps.append(fixed)
+        return step(self, fixed)
+
+    monkeypatch.setattr(slots_module, "wanted", lambda _: True)
+    monkeypatch.setattr(graphs, "_STEPS_BEFORE", 0)
+    for module in (slots_module, graphs):
+        monkeypatch.setattr(module, "COLUMNS", 32)
+    monkeypatch.setattr(Slots, "step_fixed", counted)
+    monkeypatch.setitem(mixed._FEW_ADAPTERS, "cpu", few)
+    assert crowd(base_folder, adapters) == expected
+    assert {fixed.rows for fixed in steps} >= {4, 5}
