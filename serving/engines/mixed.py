@@ -150,7 +150,7 @@ class Mix:
         self._numbers, self.changes = tuple(numbers), self.changes + 1
         active = tuple(sorted({n for n in numbers if self._changes_layers(n)}))
         if not active:
-            self.tables = None
+            self.tables, self.places = None, ()
             return
         alone = len(active) == 1 and all(n == active[0] for n in numbers)
         # Rows of the base alone have a place of their own, of which nothing is any adapter's.
