@@ -30,13 +30,18 @@ def check_window(
 
     Returns:
         `drift` only if the p-value is below alpha and the effect at least `min_effect`; `insufficient` if
-        either side has fewer than `min_rows` exchanges to compare. The same input gives the same report.
+        either side has fewer than `min_rows` exchanges to compare, or too few for the detector. The same
+        input gives the same report.
     """
     detector = detector or Omnibus(permutations=settings.permutations)
     window = Window.of(exchanges, settings.max_rows, model=reference.model, version=reference.version)
     before = sampled(reference.rows, settings.max_rows)
-    enough = min(len(window.rows), len(before)) >= settings.min_rows
-    detection = detector.detect(before, window.rows) if enough else None
+    lacking = (
+        f"at least {settings.min_rows} of each are needed"
+        if min(len(window.rows), len(before)) < settings.min_rows
+        else detector.lacking(before, window.rows)
+    )
+    detection = None if lacking else detector.detect(before, window.rows)
     if detection is None:
         status = "insufficient"
     elif (
@@ -72,7 +77,13 @@ def check_window(
             "tests": detection.tests if detection else (),
             "drivers": detection.drivers if detection else (),
             "summary": _summary(
-                status, detector, detection, settings=settings, window=window, reference_rows=len(before)
+                status,
+                detector,
+                detection,
+                settings=settings,
+                window=window,
+                reference_rows=len(before),
+                lacking=lacking,
             ),
             "report_path": str(html) if html else None,
         }
@@ -93,12 +104,13 @@ def _summary(
     settings: MonitorSection,
     window: Window,
     reference_rows: int,
+    lacking: str,
 ) -> str:
     left_out = f" Left out of {window.given}: {window.left_out}." if window.left_out else ""
     if detection is None:
         return (
             f"Insufficient: {len(window.rows)} exchanges against {reference_rows} of the reference; "
-            f"at least {settings.min_rows} of each are needed.{left_out}"
+            f"{lacking}.{left_out}"
         )
     figures = f"p = {detection.p_value:.4f} (alpha {settings.alpha:g}), effect {detection.effect:.2f}"
     effect = f"{figures} (at least {settings.min_effect:g} needed; {detector.effect_unit})"

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from monitoring.languages import LANGUAGES, languages
+
 #: Column name to what it is called in a sentence.
 DESCRIPTORS: dict[str, str] = {
     "length": "length in characters",
@@ -24,6 +26,12 @@ DESCRIPTORS: dict[str, str] = {
     "refusal": "share of refusals",
     "question": "share with a question mark",
     "empty": "share of empty texts",
+}
+#: What `describe_more` has beside them.
+MORE: dict[str, str] = {
+    "repetition": "share of three-word runs said before",
+    **{f"language_{code}": f"share in {name}" for code, name in LANGUAGES.items()},
+    "language_unknown": "share in no language that was recognised",
 }
 _REFUSAL = (
     r"(?i)\b(?:i(?:['\u2019]m| am) (?:sorry|unable|not able)|i apologi[sz]e|as an ai\b"
@@ -67,6 +75,31 @@ def describe(texts: Sequence[str | None]) -> pd.DataFrame:
     return frame.astype(float)
 
 
+def describe_more(texts: Sequence[str | None]) -> pd.DataFrame:
+    """Describe the form of texts further: `describe`, with repetition and a guess at the language.
+
+    Args:
+        texts: Any texts; None counts as an empty one.
+
+    Returns:
+        One row a text in the order given, the columns of `DESCRIPTORS` and of `MORE`, all finite floats.
+    """
+    guessed = pd.Series([code or "unknown" for code in languages(texts)], dtype="object")
+    more = {"repetition": pd.Series([_repeated(text or "") for text in texts], dtype="float64")} | {
+        name: (guessed == name.removeprefix("language_")).astype(float)
+        for name in MORE
+        if name.startswith("language_")
+    }
+    return pd.concat([describe(texts), pd.DataFrame(more)], axis=1)
+
+
+def _repeated(text: str) -> float:
+    """Share of a text's runs of three words that it had before: near 1 where it loops, 0 of a short text."""
+    words = text.lower().split()
+    runs = list(zip(words, words[1:], words[2:], strict=False))
+    return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
+
+
 def describe_sides(prompts: Sequence[str | None], outputs: Sequence[str | None]) -> pd.DataFrame:
     """Describe prompts and answers side by side; the columns say which (`prompt_words`, `answer_words`)."""
     return pd.concat(
@@ -76,6 +109,6 @@ def describe_sides(prompts: Sequence[str | None], outputs: Sequence[str | None])
 
 
 def in_words(column: str) -> str:
-    """What a column of `describe_sides` is called in a sentence."""
+    """What a column of `describe_sides`, or of `describe_more` with its side, is called in a sentence."""
     side, _, name = column.partition("_")
-    return f"{DESCRIPTORS[name]} of {side}s"
+    return f"{(DESCRIPTORS | MORE)[name]} of {side}s"

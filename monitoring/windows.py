@@ -16,11 +16,12 @@ REFERENCE_FILE = "reference.json"
 
 
 class Row(Record):
-    """One exchange as the detectors see it."""
+    """One exchange as the detectors see it. One without a session is a session of its own."""
 
     id: str
     prompt: str
     output: str
+    session: str | None = None
 
 
 class Reference(Record):
@@ -78,7 +79,14 @@ class Window(Record):
                 if exchange.session in sessions:
                     continue
                 sessions.add(exchange.session)
-            one_each.append(Row(id=exchange.id, prompt=exchange.prompt_text, output=exchange.output))
+            one_each.append(
+                Row(
+                    id=exchange.id,
+                    prompt=exchange.prompt_text,
+                    output=exchange.output,
+                    session=exchange.session,
+                )
+            )
         rows = distinct(one_each)
         return cls(
             rows=tuple(rows[:max_rows]),
@@ -165,7 +173,14 @@ def load(folder: Path) -> Reference:
 
 
 def _hash(model: str, version: int, rows: Sequence[Row]) -> str:
-    return content_hash([model, version, [[row.id, row.prompt, row.output] for row in rows]])
+    # A row without a session hashes as it did before rows had sessions: frozen references stay valid.
+    return content_hash(
+        [
+            model,
+            version,
+            [[row.id, row.prompt, row.output, *([row.session] * bool(row.session))] for row in rows],
+        ]
+    )
 
 
 def _order(identifier: str) -> str:

@@ -10,10 +10,11 @@ from typing import Annotated, get_args
 from pydantic import Field, TypeAdapter
 
 from monitoring.detectors.base import Detection, Detector, NovelExchange, Term
+from monitoring.detectors.calibrated import Calibrated
 from monitoring.detectors.evidently_preset import EvidentlyColumns
 from monitoring.detectors.omnibus import Omnibus
 
-AnyDetector = Annotated[Omnibus | EvidentlyColumns, Field(discriminator="name")]
+AnyDetector = Annotated[Omnibus | Calibrated | EvidentlyColumns, Field(discriminator="name")]
 
 DETECTOR_CLASSES: tuple[type[Detector], ...] = get_args(get_args(AnyDetector)[0])
 _ADAPTER: TypeAdapter[Detector] = TypeAdapter(AnyDetector)
@@ -34,6 +35,7 @@ def parse_detector(settings: dict[str, object]) -> Detector:
 __all__ = [
     "DETECTOR_CLASSES",
     "AnyDetector",
+    "Calibrated",
     "Detection",
     "Detector",
     "EvidentlyColumns",

@@ -58,6 +58,10 @@ class Detector(BaseModel):
 
     name: str
 
+    def lacking(self, reference: Sequence[Row], window: Sequence[Row]) -> str:
+        """What is missing for this detector to tell anything, in words; empty if there is enough."""
+        return ""
+
     def detect(self, reference: Sequence[Row], window: Sequence[Row]) -> Detection:
         """Compare a window with the reference.
 

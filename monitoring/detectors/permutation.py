@@ -6,6 +6,8 @@ the others are random permutations of it. Every statistic is a row of values, on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +23,34 @@ def labellings(reference: int, window: int, permutations: int, seed: int) -> Lab
     real[reference:] = True
     columns = [real, *(generator.permutation(real) for _ in range(permutations))]
     return np.stack(columns, axis=1)
+
+
+def session_labellings(
+    sessions: Sequence[str], window: Sequence[bool], permutations: int, seed: int
+) -> Labels:
+    """The real labelling and random permutations of it that move whole sessions.
+
+    Turns of one session are alike: permuted one by one they would make ordinary windows look strange. Every
+    labelling gives the window as many sessions as it has; how many rows these have differs.
+
+    Args:
+        sessions: The session of each row.
+        window: Which rows are the window's.
+        permutations: How many random labellings.
+        seed: The same seed, the same labellings.
+
+    Raises:
+        ValueError: If rows of one session are on both sides.
+    """
+    names, which = np.unique(np.asarray(sessions, dtype=object).astype(str), return_inverse=True)
+    taken = np.asarray(window, dtype=bool)
+    real = np.zeros(len(names), dtype=bool)
+    real[which[taken]] = True
+    if not np.array_equal(real[which], taken):
+        raise ValueError("a session has rows in the reference and in the window")
+    generator = np.random.default_rng(seed)
+    columns = [real, *(generator.permutation(real) for _ in range(permutations))]
+    return np.asarray(np.stack(columns, axis=1)[which])
 
 
 def mean_difference(values: Floats, labels: Labels) -> Floats:
@@ -50,9 +80,18 @@ def kolmogorov_smirnov(values: Floats, labels: Labels) -> Floats:
     ordered = values[order]
     last = np.append(ordered[1:] != ordered[:-1], True)
     window = labels.sum(axis=0)
-    inside = np.cumsum(labels[order], axis=0)[last]
-    outside = np.arange(1, len(values) + 1)[last][:, None] - inside
+    inside = np.cumsum(labels[order], axis=0, dtype=np.int32)[last]
+    outside = np.arange(1, len(values) + 1, dtype=np.int32)[last][:, None] - inside
     return np.asarray(np.abs(inside / window - outside / (len(values) - window)).max(axis=0))
+
+
+def rate_differences(values: Floats, labels: Labels) -> Floats:
+    """Kolmogorov-Smirnov distances of columns that are 0 or 1: a row of differences of rates for each."""
+    taken = labels.astype(np.float64)
+    window = taken.sum(axis=0)
+    inside = values.T @ taken
+    outside = values.sum(axis=0)[:, None] - inside
+    return np.asarray(np.abs(inside / window - outside / (len(labels) - window)))
 
 
 def kernel_discrepancy(similarity: Floats, labels: Labels) -> Floats:
@@ -76,6 +115,27 @@ def kernel_discrepancy(similarity: Floats, labels: Labels) -> Floats:
         + both / (window * (window - 1))
         - 2 * cross / (reference * window)
     )
+
+
+def mixture(groups: NDArray[np.intp], labels: Labels) -> Floats:
+    """How unlike the two sides spread over groups: the two-sample chi-squared statistic."""
+    present = np.unique(groups)
+    member = (groups[:, None] == present[None, :]).astype(np.float64)
+    taken = labels.astype(np.float64)
+    share = taken.sum(axis=0) / len(labels)
+    expected = member.sum(axis=0)[:, None] * share
+    return np.asarray(((member.T @ taken - expected) ** 2 / (expected * (1 - share))).sum(axis=0))
+
+
+def total_variation(groups: NDArray[np.intp], labels: Labels) -> Floats:
+    """Share of the window that would have to be in other groups for the sides to be spread alike."""
+    present = np.unique(groups)
+    member = (groups[:, None] == present[None, :]).astype(np.float64)
+    taken = labels.astype(np.float64)
+    window = taken.sum(axis=0)
+    inside = member.T @ taken
+    outside = member.sum(axis=0)[:, None] - inside
+    return np.asarray(np.abs(inside / window - outside / (len(labels) - window)).sum(axis=0) / 2)
 
 
 def novelty(similarity: Floats, labels: Labels, ridge: float) -> Floats:

@@ -5,12 +5,19 @@ import pytest
 from pydantic import ValidationError
 from traffic import NEW, ORDINARY, rows
 
-from monitoring.detectors import DETECTOR_CLASSES, Omnibus, parse_detector
+from monitoring.detectors import DETECTOR_CLASSES, Detector, Omnibus, parse_detector
 from monitoring.detectors import permutation as perm
 from monitoring.detectors.text import grown_terms, similarities
 from monitoring.windows import Row
 
 FAST = Omnibus(permutations=299)
+#: Settings with which each detector takes the few rows of these tests.
+SMALL = {"calibrated": {"min_reference": 30, "min_window": 30}}
+
+
+def small(kind: type[Detector]) -> Detector:
+    name = kind.model_fields["name"].default
+    return parse_detector({"name": name} | SMALL.get(name, {}))
 
 
 def test_ordinary_windows_alarm_no_more_often_than_alpha_says():
@@ -48,7 +55,7 @@ def test_a_change_of_form_is_found(output):
 def test_a_reference_and_a_window_without_any_text_are_the_same():
     blank = [Row(id=str(i), prompt="", output="") for i in range(30)]
     for kind in DETECTOR_CLASSES:
-        found = parse_detector({"name": kind.model_fields["name"].default}).detect(blank, blank)
+        found = small(kind).detect(blank, blank)
         assert found.p_value == 1.0
         assert found.effect == 0.0
 
@@ -56,7 +63,7 @@ def test_a_reference_and_a_window_without_any_text_are_the_same():
 @pytest.mark.parametrize("kind", DETECTOR_CLASSES)
 def test_every_detector_is_deterministic_and_a_record(kind):
     reference, window = rows(ORDINARY, 60, 1), rows(NEW, 50, 2)
-    detector = parse_detector({"name": kind.model_fields["name"].default})
+    detector = small(kind)
     found = detector.detect(reference, window)
     assert found == detector.detect(reference, window)
     assert type(found).model_validate_json(found.model_dump_json()) == found

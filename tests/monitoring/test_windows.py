@@ -8,6 +8,7 @@ from traffic import ORDINARY, exchange, rows
 
 from monitoring.windows import REFERENCE_FILE, Row, Window, freeze, load
 from regraft.errors import DataError
+from regraft.records import content_hash
 
 
 def test_a_frozen_reference_comes_back_whole(tmp_path):
@@ -15,6 +16,16 @@ def test_a_frozen_reference_comes_back_whole(tmp_path):
     assert load(tmp_path) == frozen
     assert freeze(tmp_path / "b", model="shop", version=1, rows=rows(ORDINARY, 10, 0)).id == frozen.id
     assert freeze(tmp_path / "c", model="shop", version=2, rows=rows(ORDINARY, 10, 0)).id != frozen.id
+
+
+def test_a_row_without_a_session_hashes_as_before_there_were_any(tmp_path):
+    row = Row(id="a", prompt="p", output="o")
+    alone = freeze(tmp_path, model="shop", version=1, rows=[row])
+    assert alone.id == content_hash(["shop", 1, [["a", "p", "o"]]])
+    path = tmp_path / REFERENCE_FILE
+    path.write_text(path.read_text().replace('"session": null', '"session": "s"'))
+    with pytest.raises(DataError, match="changed since it was frozen"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["output", "prompt", "id"])

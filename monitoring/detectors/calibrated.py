@@ -1,0 +1,243 @@
+"""The calibrated detector on sentence embeddings: one exact p-value over what answers say and how."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from monitoring.descriptors import describe_more, in_words
+from monitoring.detectors import permutation as perm
+from monitoring.detectors.base import Detection, Detector, NovelExchange
+from monitoring.detectors.frozen import Features, Frozen, in_order, session_of, split
+from monitoring.detectors.text import grown_terms
+from monitoring.vectors import Vectors, vectors
+from monitoring.windows import Row
+from regraft.embeddings import DEFAULT
+from regraft.errors import DataError
+from regraft.records import TestResult
+
+Floats = perm.Floats
+_WORDS = {
+    "novelty": "answers are unlike any of the reference's",
+    "topics": "the answers are spread over other topics",
+    "form": "answers are written in another form",
+}
+_DETAILS = {
+    "novelty": "effect: share of answers beyond the reference's own threshold of novelty, above chance",
+    "topics": "effect: share of answers that lie in other topics, above chance",
+    "form": "effect: the largest Kolmogorov-Smirnov distance over the descriptors, above chance",
+}
+#: Change of a rate of empty answers or refusals that is named first.
+_TELLING = 0.02
+#: Maps of references that were fitted in this process; a reference is checked again and again.
+_FITTED: OrderedDict[str, Frozen] = OrderedDict()
+_MAPS_KEPT = 8
+
+
+class Statistics(NamedTuple):
+    """Values under every labelling: of the tests by group, and of each group's effect."""
+
+    groups: dict[str, Floats]
+    effects: dict[str, Floats]
+
+
+class Calibrated(Detector):
+    """Permutation min-p over novelty, topics and form of the answers; sessions are permuted whole.
+
+    The reference is split by session: 40 % are the index (principal directions, nearest neighbours, topics),
+    20 % set the novelty threshold, 40 % are compared with the window. Given the first two parts, sessions of
+    the compared part and of the window are exchangeable if nothing changed, so the p-value is exact. Prompts
+    are not looked at: `monitoring.matching` tells a change of prompts from one of behaviour.
+
+    The effect is novelty lift: the share of the window's answers beyond the threshold minus the compared
+    part's, above chance (the median over the permutations). 0.05 are five points. A change of form alone has
+    no novelty lift: with `gate="any"` the effect is the largest one of the three groups, all of them shares
+    of the window that the reference does not account for.
+    """
+
+    effect_unit: ClassVar[str] = "share of the window's answers that the reference does not account for"
+
+    name: Literal["calibrated"] = "calibrated"
+    permutations: int = Field(999, ge=999, description="Random labellings; the smallest p is 1/(this + 1).")
+    embedding_model: str = Field(DEFAULT, description="`bundled:<name>`, or a local folder.")
+    dimensions: int = Field(64, ge=2, description="Principal directions of the embeddings that are kept.")
+    topics: int = Field(20, ge=2, description="Topics at most.")
+    tail: float = Field(0.95, gt=0.5, lt=1, description="The percentile of distance that novel answers pass.")
+    gate: Literal["novelty", "any"] = Field(
+        "novelty", description="Whose effect counts: novelty's alone, or the largest of all groups."
+    )
+    min_reference: int = Field(
+        250, ge=10, description="Sessions of the reference below which nothing is told."
+    )
+    min_window: int = Field(100, ge=5, description="Sessions of the window below which nothing is told.")
+    examples: int = Field(8, ge=1, description="Exchanges and terms to show.")
+    seed: int = 0
+    # Where vectors are kept changes nothing about what is found, so it is no part of what is written down.
+    cache: Path | None = Field(None, exclude=True, description="Folder that keeps vectors between processes.")
+
+    def lacking(self, reference: Sequence[Row], window: Sequence[Row]) -> str:
+        """See `Detector.lacking`. A session that has rows on both sides counts for the reference."""
+        known = {session_of(row) for row in reference}
+        own = {session_of(row) for row in fresh(reference, window)}
+        if len(known) < self.min_reference:
+            return f"the reference has {len(known)} sessions, at least {self.min_reference} are needed"
+        if len(own) < self.min_window:
+            return f"the window has {len(own)} sessions of its own, at least {self.min_window} are needed"
+        return ""
+
+    def detect(self, reference: Sequence[Row], window: Sequence[Row]) -> Detection:
+        """See `Detector.detect`; the order of the rows is of no account.
+
+        Raises:
+            DataError: If there are fewer sessions than `min_reference` or `min_window`.
+            ModelError: If the embedding model cannot be had.
+        """
+        if lacking := self.lacking(reference, window):
+            raise DataError(f"too little to compare: {lacking}", "wait for more exchanges, or ask for fewer")
+        now = in_order(fresh(reference, window))
+        parts = split(reference)
+        frozen = self.frozen(reference)
+        rows = [*parts.compared, *now]
+        taken = [False] * len(parts.compared) + [True] * len(now)
+        # A row of the window without a session may have the id of one of the reference's: another row.
+        units = [f"{side:d}{session_of(row)}" for row, side in zip(rows, taken, strict=True)]
+        labels = perm.session_labellings(units, taken, self.permutations, self.seed)
+        features = frozen.features(self.embed([row.output for row in rows]))
+        form = describe_more([row.output for row in rows])
+        found = statistics(features, form, frozen.threshold, labels)
+        joint, adjusted = perm.min_p(found.groups)
+        effects = {name: _above_chance(values) for name, values in found.effects.items()}
+        count = len(parts.compared)
+        return Detection(
+            p_value=joint,
+            effect=max(effects.values()) if self.gate == "any" else effects["novelty"],
+            tests=tuple(
+                TestResult(name=name, p_value=p, effect=effects[name], detail=_DETAILS[name])
+                for name, p in adjusted.items()
+            ),
+            drivers=tuple(_drivers(adjusted, form, count)),
+            novel=self._most_novel(now, features.distances[count:]),
+            terms=grown_terms(
+                [row.output for row in rows[:count]], [row.output for row in now], self.examples
+            ),
+        )
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Vectors of texts, each text embedded once a process.
+
+        Raises:
+            ModelError: If the embedding model cannot be had.
+        """
+        return vectors(texts, self.embedding_model, self.cache)
+
+    def frozen(self, reference: Sequence[Row]) -> Frozen:
+        """The map of a reference's answers, fitted once a process.
+
+        Raises:
+            DataError: If it has fewer than ten sessions.
+            ModelError: If the embedding model cannot be had.
+        """
+        parts = split(reference)
+        if min(map(len, parts)) < 2:
+            raise DataError(
+                f"a reference of {len(reference)} rows is too small to split", "freeze a larger one"
+            )
+        settings = [self.embedding_model, self.dimensions, self.topics, self.tail, self.seed]
+        texts = [[row.output for row in part] for part in (parts.mapped, parts.threshold)]
+        key = hashlib.sha256(repr([settings, texts]).encode()).hexdigest()
+        frozen = _FITTED.pop(key, None) or Frozen(
+            self.embed(texts[0]),
+            self.embed(texts[1]),
+            dimensions=self.dimensions,
+            topics=self.topics,
+            tail=self.tail,
+            seed=self.seed,
+        )
+        _FITTED[key] = frozen
+        while len(_FITTED) > _MAPS_KEPT:
+            _FITTED.popitem(last=False)
+        return frozen
+
+    def _most_novel(self, rows: Sequence[Row], distances: Floats) -> tuple[NovelExchange, ...]:
+        order = np.argsort(-distances, kind="stable")[: self.examples]
+        return tuple(NovelExchange(row=rows[i], score=float(distances[i])) for i in order)
+
+
+def fresh(reference: Sequence[Row], window: Sequence[Row]) -> list[Row]:
+    """The window's rows without those of the reference's sessions, which would not be independent."""
+    known = {row.session for row in reference if row.session is not None}
+    return [row for row in window if row.session not in known]
+
+
+def statistics(features: Features, form: pd.DataFrame, threshold: float, labels: perm.Labels) -> Statistics:
+    """The statistics of every group and their effects, for every labelling.
+
+    Args:
+        features: Where the answers lie, compared part and window together.
+        form: Descriptors of the same answers.
+        threshold: The distance beyond which an answer is novel.
+        labels: From `permutation`; the real labelling is its first column.
+    """
+    beyond = (features.distances > threshold).astype(np.float64)[:, None]
+    lift = perm.mean_difference(beyond, labels)
+    mixture = perm.mixture(features.topics, labels)
+    discrepancy = perm.kernel_discrepancy(features.places @ features.places.T, labels)
+    groups = {"novelty": lift[None], "topics": np.stack([mixture, discrepancy])}
+    effects = {"novelty": lift, "topics": perm.total_variation(features.topics, labels)}
+    distances = form_distances(form, labels)
+    if distances:
+        groups["form"] = np.stack(list(distances.values()))
+        effects["form"] = groups["form"].max(axis=0)
+    return Statistics(groups, effects)
+
+
+def form_distances(form: pd.DataFrame, labels: perm.Labels) -> dict[str, Floats]:
+    """Kolmogorov-Smirnov distance of each descriptor that varies over the rows of both sides together."""
+    varying = [str(column) for column in form if form[column].nunique() > 1]
+    rates = [column for column in varying if form[column].isin((0.0, 1.0)).all()]
+    found = {
+        column: perm.kolmogorov_smirnov(form[column].to_numpy(dtype=np.float64), labels)
+        for column in varying
+        if column not in rates
+    }
+    if rates:
+        differences = perm.rate_differences(form[rates].to_numpy(dtype=np.float64), labels)
+        found |= dict(zip(rates, differences, strict=True))
+    return found
+
+
+def _above_chance(statistic: Floats) -> float:
+    return float(statistic[0] - np.median(statistic[1:]))
+
+
+def _drivers(adjusted: dict[str, float], form: pd.DataFrame, compared: int) -> list[str]:
+    """What changed, strongest first; only what is significant by itself at 5 % after adjustment."""
+    found = []
+    for name, p in sorted(adjusted.items(), key=lambda item: item[1]):
+        if p >= 0.05:
+            continue
+        found.append(f"{_WORDS[name]} (adjusted p {p:.3f})")
+        if name == "form":
+            moved = _moved(form, compared)
+            found += [
+                f"{in_words(f'answer_{c}')}: {a:.3g} on average before, {b:.3g} now" for c, a, b in moved
+            ]
+    return found
+
+
+def _moved(form: pd.DataFrame, compared: int) -> list[tuple[str, float, float]]:
+    """The three descriptors that moved furthest, with their means on both sides."""
+    labels = np.zeros((len(form), 1), dtype=bool)
+    labels[compared:] = True
+    far = {column: float(values[0]) for column, values in form_distances(form, labels).items()}
+    # Rates of empty answers and refusals say more than the averages that they drag along.
+    telling = [c for c in ("empty", "refusal") if far.get(c, 0.0) >= _TELLING]
+    order = sorted(far, key=lambda c: (c not in telling, -far[c]))[:3]
+    return [(c, float(form[c].iloc[:compared].mean()), float(form[c].iloc[compared:].mean())) for c in order]
