@@ -36,7 +36,7 @@ _HEADROOM = 64
 _TOLD_SECONDS = 10.0
 
 #: Ray runs the code of a deployment and its routing in threads of their own, so that code that blocks does no
-#: harm. Ours does not block, and the changes of threads took a third of the time of an answer without a model.
+#: harm. Ours does not block, and changing threads took a third of an answer's time without a model.
 #: Between gateway and replicas answers go by gRPC, which takes a quarter less time than calls of actors do.
 _ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
