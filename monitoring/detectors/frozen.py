@@ -21,8 +21,10 @@ Groups = NDArray[np.intp]
 
 #: Shares of the reference's sessions that make the index and set the threshold; the rest is compared.
 INDEX_SHARE, THRESHOLD_SHARE = 0.4, 0.2
-#: The distance of a text is the mean over this many nearest ones of the index.
-NEIGHBOURS = 5
+#: The distance of a text is the mean over this many nearest ones of the index. Measured on requests of topics
+#: never seen (CLINC150, 600 of the index): 3 put 73 % of them beyond the threshold, 5 put 69 %, 10 put 46 %;
+#: all 384 dimensions in place of 64 put 48 %.
+NEIGHBOURS = 3
 #: Distances of unit vectors are at most 2; what differs by less than this is the same text.
 _DIGITS = 5
 _LLOYD_STEPS = 50

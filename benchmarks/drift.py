@@ -1,0 +1,269 @@
+"""How often the calibrated drift detector is wrong, and how much it finds, beside Evidently's default preset.
+
+    python benchmarks/drift.py --data ../shared/data --quick
+
+Questions on real texts (see `drift_traffic.py`), with a line of progress for each job and one JSON
+object at the end:
+
+- `false_alarm_rate_30_checks`: streams of 30 windows without drift, 100 sessions of up to three turns each,
+  against one reference; the share of streams in which the sequential alarm (Shiryaev-Roberts, ARL 1,000) is
+  raised. Evidently's figure is the share in which its verdict is "drift" at any of the 30.
+- `power_new_topics_20pct_n100`, `power_new_topics_10pct_n200`: single windows of one-turn sessions, of which
+  a share is about new topics; found are those with p <= 0.05 and a novelty lift of at least 3 points above
+  chance, beside the p-value alone (`p_only`) and a gate at 5 points (`gate_5`). `single_false_alarm_rate` is
+  the same rule on windows without drift. Neighbours and dimensions of the detector were chosen on texts of
+  these data sets.
+- `alarm_delay_windows_median`: windows with 20 % of sessions on new topics until the sequential alarm, after
+  three ordinary ones; a stream that raises none within twelve counts as infinite (null).
+
+And, unless quick, how often an alarm is explained rightly (`drift_kinds.py`).
+
+`evidently_...` is DataDriftPreset with its defaults on the descriptors of the same texts and the same
+reference; `evidently_1000_...` with the reference cut to 1,000 rows, where it takes other tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+# One thread a process, before anything counts the cores: the jobs share them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["DO_NOT_TRACK"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import drift_kinds
+import numpy as np
+from drift_traffic import SOURCES, Texts, flat, read, sessions
+
+from monitoring.descriptors import describe
+from monitoring.detectors import Calibrated
+from monitoring.sequential import SequentialState
+from monitoring.windows import Row
+from regraft.errors import DataError
+
+CHECKS = 30
+REFERENCE = 1500
+WINDOW = 100
+ALPHA, LIFT = 0.05, 0.03
+ORDINARY_FIRST, MOST_DELAY = 3, 12
+POWER = {"20pct_n100": (100, 0.2), "10pct_n200": (200, 0.1)}
+Found = dict[str, Any]
+
+
+def main() -> None:
+    """Embed the texts, run the jobs, print the figures."""
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    words.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "regraft-drift-vectors",
+        help="folder that keeps embeddings between runs",
+    )
+    words.add_argument("--quick", action="store_true", help="few streams: at most five minutes on two cores")
+    words.add_argument("--streams", type=int, help="streams without drift, and of each source with drift")
+    words.add_argument("--references", type=int, help="references that single windows are compared with")
+    words.add_argument("--kinds", type=int, help="streams of each kind of drift to explain; none if quick")
+    words.add_argument("--workers", type=int, default=2)
+    settings = words.parse_args()
+    streams = settings.streams or (8 if settings.quick else 60)
+    drifting = max(1, streams // 4)
+    references = settings.references or (5 if settings.quick else 30)
+    if min(streams, references, settings.workers) < 1:
+        words.error("--streams, --references and --workers are at least 1")
+    kinds = settings.kinds if settings.kinds is not None else 0 if settings.quick else 20
+    began = time.monotonic()
+    # A stream takes 4,500 sessions of two turns on average.
+    try:
+        texts = read(
+            settings.data, ordinary=9600 if settings.quick else 18_000, new=400 if settings.quick else 4000
+        )
+    except DataError as error:
+        sys.exit(str(error))
+    detector = Calibrated(cache=settings.cache)
+    detector.embed(texts.all + (drift_kinds.texts(settings.data) if kinds else []))
+    say(f"texts embedded after {time.monotonic() - began:.0f} s")
+    jobs: list[Callable[[], Found]] = [
+        partial(calm, texts, detector, seed, small=not settings.quick) for seed in range(streams)
+    ]
+    jobs += [partial(storm, texts, detector, seed, s) for seed in range(drifting) for s in SOURCES]
+    jobs += [partial(single, texts, detector, seed) for seed in range(references)]
+    jobs += [
+        partial(drift_kinds.explained, settings.data, detector, seed, kind)
+        for seed in range(kinds)
+        for kind in drift_kinds.KINDS
+    ]
+    with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
+        found = []
+        for result in pool.map(call, jobs):
+            found.append(result)
+            say(json.dumps({k: v for k, v in result.items() if k != "p_values"}))
+    sys.stdout.write(json.dumps(figures(found) | {"seconds": round(time.monotonic() - began)}) + "\n")
+
+
+def call(job: Callable[[], Found]) -> Found:
+    """Run a job; a function of the module, so that it reaches another process."""
+    return job()
+
+
+def say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def calm(texts: Texts, detector: Calibrated, seed: int, *, small: bool) -> Found:
+    """A stream of 30 windows without drift; `small` asks Evidently with the cut reference too."""
+    reference, windows = ordinary(texts, seed, CHECKS)
+    state = SequentialState(reference_id=f"calm {seed}")
+    found: Found = {"job": "calm", "evidently": 0, "p_values": []} | ({"evidently_1000": 0} if small else {})
+    for check, window in enumerate(windows):
+        detection = detector.detect(reference, window)
+        state = state.step(detection.p_value, str(check))
+        found["p_values"].append(detection.p_value)
+        found["evidently"] += evidently(reference, window)
+        if small:
+            found["evidently_1000"] += evidently(reference[:1000], window)
+    return found | {"alarm": state.alarm}
+
+
+def storm(texts: Texts, detector: Calibrated, seed: int, source: str) -> Found:
+    """A stream that drifts after three windows: how many more it takes to see it."""
+    reference, windows = ordinary(texts, 10_000 + seed, ORDINARY_FIRST + MOST_DELAY)
+    draw = random.Random(f"storm {seed}")
+    new = sessions(texts.new[source], 3, "n", draw)
+    state = SequentialState(reference_id=f"storm {seed}")
+    delay: dict[str, float] = {"calibrated": math.inf, "evidently": math.inf}
+    early = dict.fromkeys(delay, False)
+    for check, window in enumerate(windows):
+        drifted = check >= ORDINARY_FIRST
+        rows = mixed(window, new, WINDOW // 5, draw) if drifted else window
+        state = state.step(detector.detect(reference, rows).p_value, str(check))
+        for name, alarm in (("calibrated", state.alarm), ("evidently", evidently(reference, rows))):
+            if alarm and not drifted:
+                early[name] = True
+            elif alarm and delay[name] == math.inf:
+                delay[name] = check - ORDINARY_FIRST + 1
+        if state.alarm and delay["evidently"] < math.inf:
+            break
+    # What alarmed before anything changed has not found the change.
+    return {"job": "storm", "source": source} | {n: None if early[n] else d for n, d in delay.items()}
+
+
+def single(texts: Texts, detector: Calibrated, seed: int) -> Found:
+    """Single windows of every source and power setting, and as many without drift, against one reference."""
+    draw = random.Random(f"single {seed}")
+    known = sessions(texts.ordinary, 1, "o", draw)
+    reference, known = flat(known[:REFERENCE]), known[REFERENCE:]
+    found: Found = {"job": "single"}
+    for name, (count, share) in POWER.items():
+        for source in (None, *SOURCES):
+            rows = flat(known[:count])
+            known = known[count:]
+            if source:
+                new = sessions(texts.new[source], 1, "n", draw)
+                rows = mixed(rows, new, round(count * share), draw)
+            detection = detector.detect(reference, rows)
+            found[f"{name} {source or 'none'}"] = {
+                "calibrated": detection.p_value <= ALPHA and detection.effect >= LIFT,
+                "p_only": detection.p_value <= ALPHA,
+                "gate_5": detection.p_value <= ALPHA and detection.effect >= 0.05,
+                "evidently": evidently(reference, rows),
+                "evidently_1000": evidently(reference[:1000], rows),
+            }
+    return found
+
+
+def ordinary(texts: Texts, seed: int, windows: int) -> tuple[list[Row], list[list[Row]]]:
+    """A reference and windows without drift, no session twice."""
+    made = sessions(texts.ordinary, 3, "o", random.Random(seed))
+    if len(made) < REFERENCE + windows * WINDOW:
+        raise ValueError(f"{len(made)} sessions are too few for {windows} windows")
+    rest = made[REFERENCE:]
+    return flat(made[:REFERENCE]), [flat(rest[i * WINDOW : (i + 1) * WINDOW]) for i in range(windows)]
+
+
+def mixed(window: Sequence[Row], new: list[list[Row]], count: int, draw: random.Random) -> list[Row]:
+    """A window with `count` of its sessions replaced by new ones."""
+    names = list(dict.fromkeys(row.session for row in window))
+    kept = set(draw.sample(names, len(names) - count))
+    return [*(row for row in window if row.session in kept), *flat(draw.sample(new, count))]
+
+
+def evidently(reference: Sequence[Row], window: Sequence[Row]) -> bool:
+    """Its default verdict: whether half of the descriptors drift."""
+    from evidently import Report
+    from evidently.presets import DataDriftPreset
+
+    from monitoring.detectors.evidently_preset import dataset
+
+    before, now = (describe([row.output for row in rows]) for rows in (reference, window))
+    # A column that never varies breaks some of its tests.
+    columns = [c for c in before if before[c].nunique() > 1]
+    with np.errstate(invalid="ignore"):  # correlations of columns that are constant on one side
+        run = Report([DataDriftPreset(columns=columns)]).run(dataset(now[columns]), dataset(before[columns]))
+    verdict = run.dict()["metrics"][0]
+    if not verdict["metric_name"].startswith("DriftedColumnsCount"):
+        raise ValueError(f"Evidently's first metric is {verdict['metric_name']}")
+    return bool(verdict["value"]["share"] >= verdict["config"]["drift_share"])
+
+
+def figures(found: list[Found]) -> Found:
+    """Shares over all jobs, with their counts."""
+    calms = [f for f in found if f["job"] == "calm"]
+    storms = [f for f in found if f["job"] == "storm"]
+    singles = [f for f in found if f["job"] == "single"]
+    p_values = [p for f in calms for p in f["p_values"]]
+    made: Found = {
+        "streams": len(calms),
+        "false_alarm_rate_30_checks": share([f["alarm"] for f in calms]),
+        "evidently_false_alarm_rate_30_checks": share([f["evidently"] > 0 for f in calms]),
+        "p_below_0.05_in_any_of_30_checks": share([min(f["p_values"]) <= ALPHA for f in calms]),
+        "p_below_0.05_rate": share([p <= ALPHA for p in p_values]),
+        "evidently_false_alarm_rate_1_check": round(sum(f["evidently"] for f in calms) / len(p_values), 4),
+        "windows_each_power": len(singles) * len(SOURCES),
+    }
+    if small := [f["evidently_1000"] > 0 for f in calms if "evidently_1000" in f]:
+        made["evidently_1000_false_alarm_rate_30_checks"] = share(small)
+    for rule in ("calibrated", "p_only", "gate_5", "evidently", "evidently_1000"):
+        prefix = "" if rule == "calibrated" else f"{rule}_"
+        for name in POWER:
+            by_source = {s: share([f[f"{name} {s}"][rule] for f in singles]) for s in SOURCES}
+            made[f"{prefix}power_new_topics_{name}"] = round(statistics.mean(by_source.values()), 4)
+            made[f"{prefix}power_new_topics_{name}_by_source"] = by_source
+        ordinary_windows = [f[f"{name} none"][rule] for f in singles for name in POWER]
+        made[f"{prefix}single_false_alarm_rate"] = share(ordinary_windows)
+    if explained := [f for f in found if f["job"] == "kind"]:
+        made["explained"] = drift_kinds.tabled(explained)
+    made["drift_streams"] = len(storms)
+    for rule in ("calibrated", "evidently"):
+        prefix = "" if rule == "calibrated" else f"{rule}_"
+        told = [f[rule] for f in storms if f[rule] is not None]
+        middle = statistics.median(told) if told else math.inf
+        made[f"{prefix}alarm_delay_windows_median"] = middle if middle < math.inf else None
+        made[f"{prefix}alarm_found_rate"] = share(
+            [f[rule] is not None and f[rule] < math.inf for f in storms]
+        )
+        made[f"{prefix}alarm_before_drift_rate"] = share([f[rule] is None for f in storms])
+    return made
+
+
+def share(given: list[bool]) -> float:
+    return round(sum(given) / len(given), 4)
+
+
+if __name__ == "__main__":
+    main()
