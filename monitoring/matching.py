@@ -116,7 +116,7 @@ def matched_test(
     labels = _swaps(_together(before, after), detector.permutations, detector.seed)
     texts = [row.output for row in (*before, *after)]
     features = frozen.features(detector.embed(texts))
-    groups = statistics(features, describe_more(texts), frozen.threshold, labels).groups
+    groups = statistics(features, describe_more(texts), frozen, labels).groups
     joint, adjusted = perm.min_p(groups)
     return MatchedTest.model_validate(base | {"p_value": joint, "groups": adjusted})
 

@@ -25,6 +25,8 @@ INDEX_SHARE, THRESHOLD_SHARE = 0.4, 0.2
 #: never seen (CLINC150, 600 of the index): 3 put 73 % of them beyond the threshold, 5 put 69 %, 10 put 46 %;
 #: all 384 dimensions in place of 64 put 48 %.
 NEIGHBOURS = 3
+#: From this percentile of the threshold part on it counts how far beyond it an answer is.
+NEAR = 0.85
 #: Distances of unit vectors are at most 2; what differs by less than this is the same text.
 _DIGITS = 5
 _LLOYD_STEPS = 50
@@ -73,6 +75,8 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
 class Frozen:
     """The map of a reference's answers: principal directions, an index of places, topics and the threshold.
 
+    `threshold` is the distance beyond which an answer is novel, `near` the one up to which it is like others.
+
     Args:
         index: Embeddings of the index part, of unit length, at least one.
         threshold: Embeddings of the threshold part, at least one.
@@ -98,7 +102,9 @@ class Frozen:
         self._directions = directions[:dimensions].T
         self._index = self._places(index)
         self._topics = _centres(self._index, topics, seed)
-        self.threshold = float(np.quantile(self._distances(self._places(threshold)), tail))
+        held_out = self._distances(self._places(threshold))
+        self.threshold = float(np.quantile(held_out, tail))
+        self.near = float(np.quantile(held_out, NEAR))
 
     def features(self, embeddings: NDArray[np.float32]) -> Features:
         """Where texts lie on the map, how far they are from the index, and which topic is nearest."""
