@@ -253,7 +253,8 @@ def streamed(answer: type[BaseModel], chunk: type[BaseModel]) -> dict[int | str,
     """What an operation may answer that can stream."""
     text = f"With `stream: true`: events whose data is a {chunk.__name__}, then one whose data is `[DONE]`."
     found = responses(answer)
-    found[200]["content"] = {"text/event-stream": {"schema": {"type": "string", "description": text}}}
+    # Without a type: some readers of the document take this for the whole stream, others for one event.
+    found[200]["content"] = {"text/event-stream": {"schema": {"description": text}}}
     return found
 
 
