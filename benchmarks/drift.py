@@ -82,7 +82,7 @@ def main() -> None:
     settings = words.parse_args()
     streams = settings.streams or (8 if settings.quick else 60)
     drifting = max(1, streams // 4)
-    references = settings.references or (5 if settings.quick else 30)
+    references = settings.references or (7 if settings.quick else 30)
     if min(streams, references, settings.workers) < 1:
         words.error("--streams, --references and --workers are at least 1")
     kinds = settings.kinds if settings.kinds is not None else 0 if settings.quick else 20
