@@ -71,7 +71,7 @@ class Window(Record):
         ]
         answered = [e for e in own if e.error is None]
         # Ordered by hash, the choice depends neither on the order given nor on time of day or content.
-        answered.sort(key=lambda e: _order(e.id))
+        answered.sort(key=lambda e: hashed(e.id))
         sessions: set[str] = set()
         one_each = []
         for exchange in answered:
@@ -121,7 +121,7 @@ def distinct(rows: Iterable[Row]) -> list[Row]:
 
 def sampled(rows: Sequence[Row], max_rows: int) -> list[Row]:
     """Distinct rows in hash order, at most `max_rows` of them."""
-    return distinct(sorted(rows, key=lambda row: _order(row.id)))[:max_rows]
+    return distinct(sorted(rows, key=lambda row: hashed(row.id)))[:max_rows]
 
 
 def freeze(folder: Path, *, model: str, version: int, rows: Iterable[Row]) -> Reference:
@@ -183,5 +183,6 @@ def _hash(model: str, version: int, rows: Sequence[Row]) -> str:
     )
 
 
-def _order(identifier: str) -> str:
+def hashed(identifier: str) -> str:
+    """What puts ids into an order that depends neither on time nor on content."""
     return hashlib.sha256(identifier.encode()).hexdigest()

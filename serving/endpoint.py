@@ -23,14 +23,20 @@ from serving.answer import Answer, EventStream, engine_error
 from serving.engines.base import EngineError, GenerationRequest, QueueFullError
 from serving.exchange import Asked, CaptureLog, Exchange, Observer
 from serving.guard import sees_details
-from serving.openai_api import ApiError, ChatRequest, CompletionRequest, FeedbackRequest, parse_request
+from serving.openai_api import (
+    MAX_BODY,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    FeedbackRequest,
+    parse_request,
+)
 from serving.prompts import read_prompts
 from serving.replies import model_card
 from serving.router import SHADOW, UnknownModelError, VersionTable
 from serving.shadow import Shadow
 from serving.shelf import Loaded, PinnedBusyError, UnavailableError
 
-MAX_BODY = 1 << 20
 T = TypeVar("T")
 
 
@@ -160,7 +166,7 @@ class _Endpoint:
                 stream=body.stream,
                 key=key,
                 choice=index,
-                variant=self._table.role(loaded),
+                variant=self._table.role_of(loaded.version),
             )
             request = GenerationRequest(
                 prompt_ids=prompt.ids,

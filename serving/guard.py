@@ -20,15 +20,13 @@ from regraft.serve_sections import LimitsSection
 from serving import auth
 from serving.auth import Caller, Key, Keyring, KeysError
 from serving.limits import Kind, Limiter, RateLimitedError, Reservation
-from serving.openai_api import ApiError, CompletionRequest
+from serving.openai_api import MAX_BODY, ApiError, CompletionRequest
 
 logger = logging.getLogger(__name__)
 
 #: Asks for the health of an endpoint whose other routes need a key. `None` is for an open endpoint.
 ANONYMOUS = Caller("", "anonymous", frozenset())
 _CARRIERS = (b"authorization", b"api-key")
-#: Larger bodies are not looked into: the endpoint refuses them.
-_MAX_BODY = 1 << 20
 
 
 def scope_of(path: str) -> auth.Scope | None:
@@ -245,7 +243,7 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
     messages: list[Message] = []
     parts: list[bytes] = []
     size, more = 0, True
-    while more and size <= _MAX_BODY:
+    while more and size <= MAX_BODY:  # the endpoint refuses larger ones
         message = await receive()
         messages.append(message)
         parts.append(message.get("body", b""))

@@ -23,6 +23,9 @@ from pydantic_core import ErrorDetails
 
 from regraft.records import Message
 
+#: Bytes that a body may have.
+MAX_BODY = 1 << 20
+
 #: Fields we do not support, with the values that change nothing and are therefore accepted.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),

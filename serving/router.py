@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import re
 import secrets
@@ -18,6 +17,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from regraft.config import NAME_PATTERN
+from regraft.data.captures import sampled
 from regraft.errors import ModelError
 from regraft.records import ModelVersion
 from serving.shelf import Loaded, Shelf, UnavailableError, brief
@@ -163,12 +163,8 @@ class VersionTable:
         """Give a reference back."""
         self._shelf.release(loaded)
 
-    def role(self, loaded: Loaded) -> str:
-        """What a version is at the moment: its alias, or `pinned`."""
-        return self.role_of(loaded.version)
-
     def role_of(self, version: ModelVersion) -> str:
-        """The same for a version that need not be loaded."""
+        """What a version is at the moment: its alias, or `pinned`."""
         named = self._named.items()
         return next((alias for alias, one in named if one.version.version == version.version), "pinned")
 
@@ -222,7 +218,7 @@ class VersionTable:
                 {
                     "id": loaded.version.served_id,
                     "method": loaded.version.method.get("name"),
-                    "role": self.role(loaded),
+                    "role": self.role_of(loaded.version),
                     "requests": loaded.references,
                 }
                 for loaded in self._shelf.loaded
@@ -276,8 +272,7 @@ class VersionTable:
             return CHAMPION
         # Another challenger is tried on others: nobody is always the one who tries.
         drawn = f"{challenger.version.version}:{who or secrets.token_hex(8)}"
-        number = int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:8], "big")
-        return CHALLENGER if number < self._canary * 2**64 else CHAMPION
+        return CHALLENGER if sampled(drawn, self._canary) else CHAMPION
 
     async def _follow(self) -> None:
         await self._load_pinned()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from regraft.data.captures import sampled
 from serving.exchange import Exchange
 from serving.router import VersionTable
 from serving.shelf import Loaded
@@ -42,7 +42,7 @@ class Shadow:
             exchange: Makes the exchange with the version that it is given.
         """
         loaded = self.table.shadow
-        if loaded is None or not self._drawn(who):
+        if loaded is None or not sampled(f"shadow:{who}", self.share):
             return
         if len(self._running) >= self.max_running or self.table.requests > self.room:
             self.dropped += 1
@@ -70,7 +70,3 @@ class Shadow:
             finally:
                 if exchange:
                     exchange.close()
-
-    def _drawn(self, who: str) -> bool:
-        number = int.from_bytes(hashlib.sha256(f"shadow:{who}".encode()).digest()[:8], "big")
-        return number < self.share * 2**64

@@ -7,14 +7,13 @@ its index come from one part, the threshold from a second, and the window is com
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from monitoring.windows import Row
+from monitoring.windows import Row, hashed
 
 Floats = NDArray[np.float64]
 Groups = NDArray[np.intp]
@@ -69,7 +68,7 @@ def split(rows: Sequence[Row]) -> Split:
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
     """Rows by the hash of their session, then of their id."""
-    return sorted(rows, key=lambda row: (_hashed(session_of(row)), _hashed(row.id)))
+    return sorted(rows, key=lambda row: (hashed(session_of(row)), hashed(row.id)))
 
 
 class Frozen:
@@ -153,7 +152,3 @@ def _squared(places: Floats, others: Floats) -> Floats:
     """Squared distance of every place to every other."""
     own, their = (places**2).sum(axis=1), (others**2).sum(axis=1)
     return np.asarray(np.maximum(own[:, None] + their[None, :] - 2 * places @ others.T, 0.0))
-
-
-def _hashed(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()

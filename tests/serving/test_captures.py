@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from regraft.data import captures
+from regraft.data import spool
 from regraft.data.capture_shipping import ship
 from regraft.data.captures import CaptureStore, sampled
 from regraft.data.redaction import Redactor
@@ -171,7 +171,7 @@ def test_a_file_ends_with_its_size_and_with_its_day(tmp_path: Path, monkeypatch:
 
     store = CaptureStore(tmp_path / "days")
     store.append(exchange(1))
-    monkeypatch.setattr(captures, "datetime", Tomorrow)
+    monkeypatch.setattr(spool, "datetime", Tomorrow)
     store.append(exchange(2))
     store.append(exchange(3))
     names = sorted(f.name[:10] for f in (tmp_path / "days").iterdir())

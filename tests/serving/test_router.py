@@ -269,7 +269,10 @@ def test_the_challenger_answers_its_share_of_sessions_and_always_the_same(
         assert set(counts) == {1, 2} and 60 < counts[2] < 140
         assert {await served(None) for _ in range(100)} == {1, 2}
         async with b.table.lease("support@challenger") as asked, b.table.lease("support/1") as other:
-            assert (b.table.role(asked), b.table.role(other)) == ("challenger", "champion")
+            assert (b.table.role_of(asked.version), b.table.role_of(other.version)) == (
+                "challenger",
+                "champion",
+            )
         with pytest.raises(UnknownModelError, match="support@challenger"):
             await b.table.acquire("support@shadow")  # it is not followed here
         b.registry.named = {"challenger": 4}

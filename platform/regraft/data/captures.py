@@ -1,28 +1,24 @@
 """What the endpoint answered, kept on disk: written by the replicas, read by the monitor.
 
-A spool of append-only JSONL files. Every writing process has files of its own, so writers need no lock
-between them, and a record is one `write` call: the kernel has it when the call returns, and killing the
-process afterwards loses nothing. (A power cut may: the files are not synced for every answer.) Finished
-files may be shipped to an archive; a reader sees both as one.
+A spool of append-only JSONL files (`regraft.data.spool`). Every writing process has files of its own, so
+writers need no lock between them, and killing one loses nothing that was written. (A power cut may: the files
+are not synced for every answer.) Finished files may be shipped to an archive; a reader sees both as one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
 from collections.abc import Iterator, Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from pydantic import ValidationError
 from pydantic_core import from_json
 
 from regraft.data import capture_files
 from regraft.data.capture_archive import JSON, Archive, Wanted, begun, from_arrow, to_arrow
 from regraft.data.redaction import Redactor
-from regraft.errors import DataError
+from regraft.data.spool import SpoolWriter, aware, records
 from regraft.records import CapturedExchange
 from regraft.serve_sections import CaptureSection
 
@@ -57,11 +53,7 @@ class CaptureStore:
         self.archive = archive
         self._redactor = redactor
         self._rate = rate
-        self._max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._file: int | None = None
-        self._size = 0
-        self._owner: tuple[int, date] | None = None
+        self._writer = SpoolWriter(folder, "a capture", max_bytes)
 
     @classmethod
     def of(cls, folder: Path, section: CaptureSection) -> CaptureStore:
@@ -81,25 +73,12 @@ class CaptureStore:
             return False
         if self._redactor is not None:
             exchange = self._redactor.apply(exchange)
-        line = exchange.model_dump_json().encode() + b"\n"
-        with self._lock:
-            file = self._current(len(line))
-            written = 0
-            try:
-                written = os.write(file, line)
-            finally:
-                self._size += written
-                if written != len(line):
-                    # The file may end in a torn line now, which is tolerable only as its last.
-                    self._release()
-        if written != len(line):
-            raise OSError(f"{self.folder}: only {written} of {len(line)} bytes of a capture were written")
+        self._writer.append(exchange)
         return True
 
     def close(self) -> None:
         """Finish the file being written, so that it can be shipped; a later append begins another."""
-        with self._lock:
-            self._release()
+        self._writer.close()
 
     def read(
         self,
@@ -122,7 +101,7 @@ class CaptureStore:
                 was killed in the middle of it, or is writing it now, and never acknowledged it.
             ServiceError: If the archive cannot be read.
         """
-        wanted = Wanted(_aware(start), _aware(end), model, version)
+        wanted = Wanted(start and aware(start), end and aware(end), model, version)
         # The spool first: what is shipped in between is found twice, and not missed.
         found = {exchange.id: exchange for exchange in reversed(list(self._spooled(wanted)))}
         if self.archive is not None:
@@ -155,7 +134,7 @@ class CaptureStore:
         """
         import pyarrow as pa
 
-        wanted = Wanted(_aware(start), _aware(end), model, version)
+        wanted = Wanted(start and aware(start), end and aware(end), model, version)
         columns = [*CapturedExchange.model_fields, "prompt_text"] if columns is None else list(columns)
         needed = [*{"id", "created", *columns, *(["messages"] if "prompt_text" in columns else [])}]
         needed = [name for name in needed if name != "prompt_text"]
@@ -170,21 +149,6 @@ class CaptureStore:
         if "prompt_text" in columns:
             table["prompt_text"] = [_prompt_text(messages) for messages in table["messages"]]
         return table[columns]
-
-    def _current(self, more: int) -> int:
-        # A forked child inherits the descriptor: it must not write into its parent's file.
-        owner = (os.getpid(), datetime.now(UTC).date())
-        full = self._size > 0 and self._size + more > self._max_bytes
-        if self._file is None or self._owner != owner or full:
-            self._release()
-            self._file = capture_files.create(self.folder, owner[1])
-            self._owner, self._size = owner, 0
-        return self._file
-
-    def _release(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
 
     def _spooled(self, wanted: Wanted) -> Iterator[CapturedExchange]:
         first = wanted.start.astimezone(UTC).date() if wanted.start else None
@@ -222,25 +186,8 @@ def exchanges(file: Path, stream: BinaryIO) -> Iterator[CapturedExchange | None]
     Raises:
         DataError: If a line is not an exchange.
     """
-    for number, line, last in capture_files.lines(stream):
-        try:
-            yield CapturedExchange.model_validate_json(line)
-        except ValidationError as error:
-            if last:
-                yield None
-                return
-            problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            raise DataError(
-                f"{file}:{number}: not a captured exchange: {where}{': ' if where else ''}{problem['msg']}",
-                "move the file out of the capture folder, or repair that line",
-            ) from error
+    yield from records(file, stream, CapturedExchange, "a captured exchange", "capture")
 
 
 def _prompt_text(messages: Sequence[dict[str, str]]) -> str:
     return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-
-
-def _aware(when: datetime | None) -> datetime | None:
-    """Times without a zone are UTC."""
-    return when.replace(tzinfo=UTC) if when is not None and when.tzinfo is None else when
