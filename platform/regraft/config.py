@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from regraft.errors import ConfigError
 from regraft.explain import did_you_mean, dotted, explain, explain_method, place
+from regraft.monitor_sections import MonitorSection, QualitySection, RetrainSection, WebhookSection
 from regraft.records import FIGURES
 from regraft.search import SearchError, expand
 from regraft.section import Section
@@ -27,8 +28,6 @@ from regraft.sections import (
     GateSection,
     LeaveSection,
     ModelSection,
-    MonitorSection,
-    RetrainSection,
     SelectSection,
     SweepSection,
     TrackingSection,
@@ -50,12 +49,14 @@ __all__ = [
     "LeaveSection",
     "ModelSection",
     "MonitorSection",
+    "QualitySection",
     "RetrainSection",
     "Section",
     "SelectSection",
     "ServeSection",
     "SweepSection",
     "TrackingSection",
+    "WebhookSection",
 ]
 
 

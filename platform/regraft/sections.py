@@ -348,39 +348,6 @@ class SelectSection(Section):
     )
 
 
-class MonitorSection(Section):
-    """How drift is tested."""
-
-    alpha: float = Field(
-        0.01, gt=0, lt=0.5, description="False alarms a check may give where nothing changed."
-    )
-    min_effect: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="Share of exchanges beyond the reference's own tail, needed beside significance.",
-    )
-    min_rows: int = Field(
-        50, ge=20, description="Fewer exchanges than this are 'insufficient', never 'stable'."
-    )
-    max_rows: int = Field(1000, ge=50)
-    permutations: int = Field(999, ge=199)
-    every_seconds: float = Field(3600, gt=0, description="How often `regraft monitor run` checks.")
-
-
-class RetrainSection(Section):
-    """What an alarm turns into."""
-
-    reviewed: Path | None = Field(None, description="Reviewed fresh examples (JSONL) that a retraining adds.")
-    evaluation: dict[str, Path] = Field({}, description="Evaluation sets for the fresh topics.")
-    epochs: float | None = Field(None, gt=0, description="As in the sweep, if not given.")
-    cpus_per_trial: float | None = Field(None, gt=0, description="As in the sweep, if not given.")
-    min_fresh: int = Field(
-        20, ge=1, description="Fewer reviewed fresh examples than this: collect, do not retrain."
-    )
-    cooldown_seconds: float = Field(0, ge=0, description="No second retraining this soon after one.")
-
-
 class TrackingSection(Section):
     """MLflow. With no URI Regraft starts a server of its own on SQLite."""
 

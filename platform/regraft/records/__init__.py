@@ -21,18 +21,39 @@ from regraft.records.choice import (
 from regraft.records.data import DatasetVersion, Example, Message, Role
 from regraft.records.evaluation import EvalReport, ExampleScore, Likelihood
 from regraft.records.feedback import Feedback
-from regraft.records.traffic import CapturedExchange, DriftReport, RetrainDecision, TestResult
+from regraft.records.monitoring import (
+    Action,
+    Attribution,
+    DecisionOutcome,
+    DescriptorChange,
+    DriftKind,
+    DriftReport,
+    Evidence,
+    QualitySignal,
+    RetrainDecision,
+    Shown,
+    Side,
+    TestResult,
+    TopicChange,
+)
+from regraft.records.traffic import CapturedExchange
 from regraft.records.trials import FIGURES, Cost, LossPoint, Speed, TrialResult, TrialStatus
 
 __all__ = [
     "FIGURES",
+    "Action",
     "AnswerDifference",
+    "Attribution",
     "CapturedExchange",
     "Comparison",
     "Cost",
     "DatasetVersion",
+    "DecisionOutcome",
+    "DescriptorChange",
+    "DriftKind",
     "DriftReport",
     "EvalReport",
+    "Evidence",
     "Example",
     "ExampleScore",
     "Feedback",
@@ -48,11 +69,15 @@ __all__ = [
     "PathParity",
     "Probe",
     "PromotionDecision",
+    "QualitySignal",
     "Record",
     "RetrainDecision",
     "Role",
+    "Shown",
+    "Side",
     "Speed",
     "TestResult",
+    "TopicChange",
     "TrialResult",
     "TrialStatus",
     "content_hash",
