@@ -51,14 +51,16 @@ from drift_traffic import SOURCES, Texts, flat, read, sessions
 
 from monitoring.descriptors import describe
 from monitoring.detectors import Calibrated
-from monitoring.sequential import SequentialState
+from monitoring.sequential import step
 from monitoring.windows import Row
 from regraft.errors import DataError
+from regraft.records import Evidence
 
 CHECKS = 30
 REFERENCE = 1500
 WINDOW = 100
 ALPHA, LIFT = 0.05, 0.03
+ARL = 1000.0
 ORDINARY_FIRST, MOST_DELAY = 3, 12
 POWER = {"20pct_n100": (100, 0.2), "10pct_n200": (200, 0.1)}
 Found = dict[str, Any]
@@ -128,16 +130,16 @@ def say(line: str) -> None:
 def calm(texts: Texts, detector: Calibrated, seed: int, *, small: bool) -> Found:
     """A stream of 30 windows without drift; `small` asks Evidently with the cut reference too."""
     reference, windows = ordinary(texts, seed, CHECKS)
-    state = SequentialState(reference_id=f"calm {seed}")
+    evidence = Evidence()
     found: Found = {"job": "calm", "evidently": 0, "p_values": []} | ({"evidently_1000": 0} if small else {})
     for check, window in enumerate(windows):
         detection = detector.detect(reference, window)
-        state = state.step(detection.p_value, str(check))
+        evidence = step(evidence, detection.p_value, report_id=str(check), begun="", arl=ARL)
         found["p_values"].append(detection.p_value)
         found["evidently"] += evidently(reference, window)
         if small:
             found["evidently_1000"] += evidently(reference[:1000], window)
-    return found | {"alarm": state.alarm}
+    return found | {"alarm": evidence.alarmed_by is not None}
 
 
 def storm(texts: Texts, detector: Calibrated, seed: int, source: str) -> Found:
@@ -145,19 +147,21 @@ def storm(texts: Texts, detector: Calibrated, seed: int, source: str) -> Found:
     reference, windows = ordinary(texts, 10_000 + seed, ORDINARY_FIRST + MOST_DELAY)
     draw = random.Random(f"storm {seed}")
     new = sessions(texts.new[source], 3, "n", draw)
-    state = SequentialState(reference_id=f"storm {seed}")
+    evidence = Evidence()
     delay: dict[str, float] = {"calibrated": math.inf, "evidently": math.inf}
     early = dict.fromkeys(delay, False)
     for check, window in enumerate(windows):
         drifted = check >= ORDINARY_FIRST
         rows = mixed(window, new, WINDOW // 5, draw) if drifted else window
-        state = state.step(detector.detect(reference, rows).p_value, str(check))
-        for name, alarm in (("calibrated", state.alarm), ("evidently", evidently(reference, rows))):
+        p = detector.detect(reference, rows).p_value
+        evidence = step(evidence, p, report_id=str(check), begun="", arl=ARL)
+        alarmed = evidence.alarmed_by is not None
+        for name, alarm in (("calibrated", alarmed), ("evidently", evidently(reference, rows))):
             if alarm and not drifted:
                 early[name] = True
             elif alarm and delay[name] == math.inf:
                 delay[name] = check - ORDINARY_FIRST + 1
-        if state.alarm and delay["evidently"] < math.inf:
+        if alarmed and delay["evidently"] < math.inf:
             break
     # What alarmed before anything changed has not found the change.
     return {"job": "storm", "source": source} | {n: None if early[n] else d for n, d in delay.items()}

@@ -14,16 +14,17 @@ from typing import Any
 from drift_traffic import lines
 
 from monitoring.detectors import Calibrated
-from monitoring.matching import classify, matched_test
-from monitoring.sequential import SequentialState
+from monitoring.matching import MatchedTest, classify, matched_test
+from monitoring.sequential import step
 from monitoring.windows import Row
-from regraft.errors import DataError
+from regraft.records import Evidence
 
 #: Categories that ordinary traffic never has, and the two that a mix turns to.
 NEW = ("INVOICE", "PAYMENT")
 MIX = ("ORDER", "REFUND")
 KINDS = ("new_content", "behaviour", "prompt_mix")
 REFERENCE, WINDOW, MOST = 1500, 200, 6
+ARL = 1000.0
 _REFUSALS = (
     "I'm sorry, but I cannot help with that.",
     "I am unable to assist with this request.",
@@ -59,7 +60,7 @@ def explained(data: Path, detector: Calibrated, seed: int, kind: str) -> dict[st
     pool = known[REFERENCE:]
     mixed = [pair for pair in pool if pair in {p for category in MIX for p in by_category[category]}]
     new = [pair for category in NEW for pair in by_category[category]]
-    state = SequentialState(reference_id=str(seed))
+    evidence = Evidence()
     matched = None
     for check in range(MOST):
         pairs = draw.sample(pool, WINDOW)
@@ -71,11 +72,12 @@ def explained(data: Path, detector: Calibrated, seed: int, kind: str) -> dict[st
             pairs[:100] = draw.sample(mixed, 100)
             pairs = list(dict.fromkeys(pairs))
         window = [_row(f"{check}.{i}", *pair) for i, pair in enumerate(pairs)]
-        state = state.step(detector.detect(reference, window).p_value, str(check))
-        if state.alarm:
+        p = detector.detect(reference, window).p_value
+        evidence = step(evidence, p, report_id=str(check), begun="", arl=ARL)
+        if evidence.alarmed_by is not None:
             matched = matched_test(reference, window, detector)
             break
-    return {"job": "kind", "kind": kind, "found": _called(state, matched)} | (
+    return {"job": "kind", "kind": kind, "found": _called(matched)} | (
         matched.model_dump(exclude={"groups"}) if matched else {}
     )
 
@@ -89,13 +91,8 @@ def tabled(found: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     return table
 
 
-def _called(state: SequentialState, matched: Any) -> str:
-    if matched is None:
-        return "none"
-    try:
-        return classify(state, matched)
-    except DataError:
-        return "unclear"
+def _called(matched: MatchedTest | None) -> str:
+    return "none" if matched is None else classify(matched) or "unclear"
 
 
 def _row(name: str, asked: str, answered: str) -> Row:

@@ -1,4 +1,4 @@
-"""What is compared: the reference frozen at promotion, and a window of captured exchanges."""
+"""What is compared: the frozen reference, and a window of captured exchanges."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from monitoring.baseline import QualityBaseline
 from regraft.errors import DataError
 from regraft.records import CapturedExchange, Record, content_hash
 
@@ -25,12 +27,21 @@ class Row(Record):
 
 
 class Reference(Record):
-    """The promoted model's own answers to ordinary prompts. `id` is the hash of all the rest."""
+    """The promoted model's own answers to ordinary prompts. `id` is the hash of all the rest.
+
+    Attributes:
+        source: Whether they are answers on the evaluation sets, or of the first accepted traffic.
+        until: When the last exchange of that traffic began, UTC in ISO 8601; windows begin after it.
+        quality: What later windows' quality is held against.
+    """
 
     id: str
     model: str
     version: int
     rows: tuple[Row, ...]
+    source: Literal["evaluation", "traffic"] = "evaluation"
+    until: str = ""
+    quality: QualityBaseline = QualityBaseline()
 
 
 class Window(Record):
@@ -70,24 +81,7 @@ class Window(Record):
             if (model is None or e.model == model) and (version is None or e.model_version == version)
         ]
         answered = [e for e in own if e.error is None]
-        # Ordered by hash, the choice depends neither on the order given nor on time of day or content.
-        answered.sort(key=lambda e: hashed(e.id))
-        sessions: set[str] = set()
-        one_each = []
-        for exchange in answered:
-            if exchange.session is not None:
-                if exchange.session in sessions:
-                    continue
-                sessions.add(exchange.session)
-            one_each.append(
-                Row(
-                    id=exchange.id,
-                    prompt=exchange.prompt_text,
-                    output=exchange.output,
-                    session=exchange.session,
-                )
-            )
-        rows = distinct(one_each)
+        rows = rows_of(answered)
         return cls(
             rows=tuple(rows[:max_rows]),
             start=min((e.created for e in exchanges), default=""),
@@ -124,7 +118,58 @@ def sampled(rows: Sequence[Row], max_rows: int) -> list[Row]:
     return distinct(sorted(rows, key=lambda row: hashed(row.id)))[:max_rows]
 
 
-def freeze(folder: Path, *, model: str, version: int, rows: Iterable[Row]) -> Reference:
+def accepted(
+    exchanges: Sequence[CapturedExchange], disliked: frozenset[str], count: int
+) -> list[CapturedExchange] | None:
+    """The first accepted traffic: what was answered whole, is not empty, and that nobody disliked.
+
+    Args:
+        exchanges: What was captured, in any order.
+        disliked: Ids of answers with bad feedback.
+        count: Sessions wanted.
+
+    Returns:
+        The exchanges of the first `count` sessions, oldest first, every turn until the last of these
+        sessions began; None while there are fewer sessions.
+    """
+    taken: list[CapturedExchange] = []
+    sessions: set[str] = set()
+    for exchange in sorted(exchanges, key=lambda e: (e.created, e.id)):
+        if exchange.error is not None or not exchange.output.strip() or exchange.id in disliked:
+            continue
+        taken.append(exchange)
+        sessions.add(f"row:{exchange.id}" if exchange.session is None else exchange.session)
+        if len(sessions) >= count:
+            return taken
+    return None
+
+
+def rows_of(exchanges: Iterable[CapturedExchange]) -> list[Row]:
+    """Exchanges as the detectors see them, one row of each session and prompt, by the hash of their ids."""
+    sessions: set[str] = set()
+    kept = []
+    # Ordered by hash, the choice depends neither on the order given nor on time of day or content.
+    for exchange in sorted(exchanges, key=lambda e: hashed(e.id)):
+        if exchange.session is not None:
+            if exchange.session in sessions:
+                continue
+            sessions.add(exchange.session)
+        kept.append(
+            Row(id=exchange.id, prompt=exchange.prompt_text, output=exchange.output, session=exchange.session)
+        )
+    return distinct(kept)
+
+
+def freeze(
+    folder: Path,
+    *,
+    model: str,
+    version: int,
+    rows: Iterable[Row],
+    source: Literal["evaluation", "traffic"] = "evaluation",
+    until: str = "",
+    quality: QualityBaseline | None = None,
+) -> Reference:
     """Write the reference of a promoted version, in place of any that was there.
 
     Args:
@@ -132,6 +177,9 @@ def freeze(folder: Path, *, model: str, version: int, rows: Iterable[Row]) -> Re
         model: Name of the registered model.
         version: The promoted version, whose answers these are.
         rows: Ordinary prompts and the promoted version's answers.
+        source: Where they come from.
+        until: When the last exchange of accepted traffic began.
+        quality: What quality was over these answers.
 
     Raises:
         DataError: If there are no rows, or two have one id.
@@ -143,7 +191,11 @@ def freeze(folder: Path, *, model: str, version: int, rows: Iterable[Row]) -> Re
         raise DataError(
             f"the reference of {model}/{version} has an id twice", "give each exchange its own id"
         )
-    reference = Reference(id=_hash(model, version, kept), model=model, version=version, rows=kept)
+    whole = Reference(
+        id="", model=model, version=version, rows=kept, source=source, until=until,
+        quality=quality or QualityBaseline(),
+    )  # fmt: skip
+    reference = whole.model_copy(update={"id": _hash(whole)})
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / REFERENCE_FILE
     # A reader sees the old file or the new one, never half of one.
@@ -167,20 +219,21 @@ def load(folder: Path) -> Reference:
         raise DataError(f"{path}: no reference is frozen here", mend) from error
     except (OSError, ValueError, ValidationError) as error:
         raise DataError(f"{path}: not a reference: {error}", mend) from error
-    if reference.id != _hash(reference.model, reference.version, reference.rows):
+    if reference.id != _hash(reference):
         raise DataError(f"{path}: changed since it was frozen as {reference.id}", mend)
     return reference
 
 
-def _hash(model: str, version: int, rows: Sequence[Row]) -> str:
-    # A row without a session hashes as it did before rows had sessions: frozen references stay valid.
-    return content_hash(
-        [
-            model,
-            version,
-            [[row.id, row.prompt, row.output, *([row.session] * bool(row.session))] for row in rows],
-        ]
-    )
+def _hash(reference: Reference) -> str:
+    # What rows and references did not have in earlier versions is left out where it has its default: what
+    # was frozen then stays valid.
+    said: list[Any] = [
+        reference.model,
+        reference.version,
+        [[row.id, row.prompt, row.output, *([row.session] * bool(row.session))] for row in reference.rows],
+    ]
+    more = reference.model_dump(mode="json", include={"source", "until", "quality"}, exclude_defaults=True)
+    return content_hash([*said, more] if more else said)
 
 
 def hashed(identifier: str) -> str:

@@ -93,7 +93,6 @@ class MonitorSection(Section):
         description="Sessions of the first accepted traffic that become the reference, in place of the "
         "evaluation's answers, once there are that many; 0: the evaluation's answers stay.",
     )
-    permutations: int = Field(999, ge=199)
     every_seconds: float = Field(3600, gt=0, description="How often `regraft monitor run` checks.")
     quality: QualitySection = QualitySection()
     webhook: WebhookSection = WebhookSection()

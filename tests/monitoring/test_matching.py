@@ -6,12 +6,10 @@ from traffic import NEW, ORDINARY, rows
 from words import SMALL, Words
 
 from monitoring.matching import MatchedTest, classify, matched_test, pairs
-from monitoring.sequential import SequentialState
 from monitoring.windows import Row
 from regraft.errors import DataError
 
 DETECTOR = Words(**SMALL)
-ALARM = SequentialState(reference_id="r", value=1e4, alarmed_by="c")
 SOME = {k: v for i, (k, v) in enumerate(ORDINARY.items()) if i < 2}
 
 
@@ -30,7 +28,7 @@ def test_refusals_to_known_prompts_are_behaviour(reference):
     )
     assert found.p_value <= 0.01
     assert abs(found.new_share) < 0.05
-    assert classify(ALARM, found) == "behaviour"
+    assert classify(found) == "behaviour"
 
 
 def test_another_mix_of_known_prompts_is_no_change_of_behaviour(reference):
@@ -39,15 +37,15 @@ def test_another_mix_of_known_prompts_is_no_change_of_behaviour(reference):
     found = matched_test(reference, window, DETECTOR)
     assert found.pairs >= 30
     assert found.p_value > 0.01
-    assert classify(ALARM, found) == "prompt_mix"
+    assert classify(found) == "prompt_mix"
 
 
 def test_prompts_like_no_others_are_new_content(reference):
     found = matched_test(reference, [*rows(ORDINARY, 70, 2, "w"), *rows(NEW, 30, 3, "n")], DETECTOR)
     assert found.unmatched > 0.1
     assert found.p_value > 0.01
-    assert classify(ALARM, found) == "new_content"
-    assert classify(ALARM, matched_test(reference, rows(NEW, 60, 3, "n"), DETECTOR)) == "new_content"
+    assert classify(found) == "new_content"
+    assert classify(matched_test(reference, rows(NEW, 60, 3, "n"), DETECTOR)) == "new_content"
 
 
 def test_ordinary_pairs_raise_few_alarms(reference):
@@ -80,12 +78,9 @@ def test_what_cannot_be_told_is_said():
     few = MatchedTest(
         p_value=None, pairs=4, prompts=20, unmatched=0.5, ordinary_unmatched=0.5, ordinary_prompts=40
     )
-    with pytest.raises(DataError, match="4 prompts of the window have a like one"):
-        classify(ALARM, few)
-    with pytest.raises(DataError, match="no alarm was raised"):
-        classify(SequentialState(reference_id="r"), few)
+    assert classify(few) is None
     # Six points more among 20 and 40 prompts are within what chance gives.
     noisy = few.model_copy(update={"p_value": 0.5, "pairs": 30, "unmatched": 0.56})
-    assert classify(ALARM, noisy) == "prompt_mix"
+    assert classify(noisy) == "prompt_mix"
     with pytest.raises(DataError, match="no rows of its own"):
         matched_test(rows(ORDINARY, 60, 1), [], DETECTOR)

@@ -2,27 +2,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
-from monitoring.sequential import SequentialState, e_value
-
-START = SequentialState(reference_id="r1", started="2026-01-01T00:00:00+00:00")
+from monitoring.sequential import e_value, step
+from regraft.records import Evidence
 
 
-def run(state: SequentialState, p_values: list[float], first: int = 0) -> SequentialState:
+def run(evidence: Evidence, p_values: list[float], first: int = 0, arl: float = 1000.0) -> Evidence:
     for i, p in enumerate(p_values, start=first):
-        state = state.step(p, f"check-{i}")
-    return state
+        evidence = step(evidence, p, report_id=f"check-{i}", begun=f"day {i}", arl=arl)
+    return evidence
 
 
 def test_evidence_adds_up_as_defined():
-    state = run(START, [0.5, 0.01])
+    evidence = run(Evidence(), [0.5, 0.01])
     first = 0.125 * 0.5**-0.75 + 0.25 * 0.5**-0.5
     second = 0.125 * 0.01**-0.75 + 0.25 * 0.01**-0.5
-    assert state.value == pytest.approx(second * (first + 1))
-    assert state.checks == 2
-    assert [s.p_value for s in state.last] == [0.5, 0.01]
-    assert START.value == 0, "a step makes a new record"
+    assert evidence.value == pytest.approx(second * (first + 1))
+    assert evidence.checks == 2
 
 
 def test_an_e_value_is_one_on_average_where_nothing_changed():
@@ -32,56 +28,39 @@ def test_an_e_value_is_one_on_average_where_nothing_changed():
 
 
 def test_strong_windows_raise_the_alarm_and_it_stays():
-    state = run(START, [0.8, 0.4, 0.002, 0.002])
-    assert not state.alarm
-    state = run(state, [0.002, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], first=4)
-    assert state.alarm
-    assert state.alarmed_by == "check-4"
-    assert state.value < state.arl, "evidence fades, the alarm does not"
+    evidence = run(Evidence(), [0.8, 0.4, 0.002, 0.002])
+    assert evidence.alarmed_by is None
+    evidence = run(evidence, [0.002, *[1.0] * 8], first=4)
+    assert evidence.alarmed_by == "check-4"
+    assert evidence.value < 1000, "evidence fades, the alarm does not"
+
+
+def test_it_says_where_the_change_began():
+    evidence = run(Evidence(), [0.8, 0.01, 0.9, 1.0, 1.0, 1.0])
+    assert (evidence.growth, evidence.since) == (0.0, ""), "one strange window among ordinary ones"
+    evidence = run(evidence, [0.004, 0.02, 0.3, 0.002], first=6)
+    assert evidence.since == "day 6"
 
 
 def test_false_alarms_are_as_rare_as_the_run_length_says():
     generator = np.random.default_rng(0)
     runs = []
     for _ in range(200):
-        value, checks = 0.0, 0
-        while value < 20:
-            value, checks = e_value(float(generator.integers(1, 1001)) / 1000) * (value + 1), checks + 1
-        runs.append(checks)
+        evidence = Evidence()
+        while evidence.alarmed_by is None:
+            p = float(generator.integers(1, 1001)) / 1000
+            evidence = step(evidence, p, report_id="c", begun="", arl=20.0)
+        runs.append(evidence.checks)
     assert np.mean(runs) >= 20
-    state = SequentialState(reference_id="r", arl=20.0)
-    assert run(state, [0.05] * 3).alarm == (run(state, [0.05] * 3).value >= 20)
-
-
-def test_the_same_check_twice_is_one_step():
-    once = START.step(0.01, "a")
-    assert once.step(0.01, "a") is once
-    assert once.step(0.5, "a") is once
-    assert once.step(0.01, "b").checks == 2
 
 
 @pytest.mark.parametrize("p", [0.0, -0.1, 1.0001, float("nan"), float("inf")])
 def test_what_is_no_p_value_is_refused(p):
     with pytest.raises(ValueError, match=r"p_value must be in \(0, 1\]"):
-        START.step(p, "a")
+        run(Evidence(), [p])
 
 
-def test_a_reset_forgets_the_evidence_and_counts_no_check_twice():
-    alarmed = run(START, [0.001] * 5)
-    assert alarmed.alarm
-    new = alarmed.reset("r2", "2026-02-01T00:00:00+00:00")
-    assert (new.value, new.checks, new.alarm, new.seen, new.last) == (0.0, 0, False, (), ())
-    assert (new.reference_id, new.arl) == ("r2", START.arl)
-    again = alarmed.reset("r1")
-    assert run(again, [0.001] * 5) == again, "windows of before stay counted against their reference"
-    assert again.step(0.001, "check-5").checks == 1
-
-
-def test_a_state_comes_back_from_json_whatever_the_evidence():
-    state = run(START, [0.001] * 400)
-    assert np.isfinite(state.value)
-    assert len(state.last) == 20
-    assert SequentialState.model_validate_json(state.model_dump_json()) == state
-    for wrong in ({"reference_id": ""}, {"reference_id": "r", "arl": 1}, {"reference_id": "r", "value": -1}):
-        with pytest.raises(ValidationError):
-            SequentialState.model_validate(wrong)
+def test_evidence_comes_back_from_json_however_much_there_is():
+    evidence = run(Evidence(), [0.001] * 400)
+    assert np.isfinite(evidence.value)
+    assert Evidence.model_validate_json(evidence.model_dump_json()) == evidence
