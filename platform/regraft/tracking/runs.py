@@ -23,6 +23,7 @@ from regraft.records import (
 )
 from regraft.tracking.client import guarded, log_decision, now_ms, to_json
 from regraft.tracking.leaderboard import markdown
+from regraft.tracking.ledger import Ledger
 from regraft.tracking.results import Results
 from regraft.tracking.trials import RESULT_FILE, TAG_CHARACTERS, RunAt, TrialRun, end_tags
 from regraft.tracking.view import METRICS, VIEW_TAG, view_path, view_value
@@ -190,37 +191,9 @@ class Tracker(Results):
         self._client.log_text(run_id, html, "report.html")
         self._client.log_text(run_id, text, "report.md")
 
-    @guarded
     def log_drift(self, report: DriftReport, html: Path | None) -> str:
-        """Log a drift check, whatever it found, as a run of its own; the same report twice is one run.
-
-        Returns:
-            The id of the run.
-        """
-        served = f"{report.model}/{report.model_version}"
-        run = self._resume(
-            {"role": "drift", "drift_report": report.id}, name=f"drift {served} {report.window_end}"
-        )
-        run_id = str(run.info.run_id)
-        values = {
-            "drift/p_value": report.p_value,
-            "drift/effect": report.effect,
-            "drift/alpha": report.alpha,
-            "drift/rows": report.rows,
-        }
-        now = now_ms()
-        self._client.log_batch(
-            run_id, metrics=[Metric(key, value, now, 0) for key, value in values.items() if value is not None]
-        )
-        tags = {"status": report.status, "model": report.model, "model_version": str(report.model_version)}
-        tags |= {"reference": report.reference_id, "summary": report.summary[:TAG_CHARACTERS]}
-        for key, value in tags.items():
-            self._client.set_tag(run_id, key, value)
-        if html is not None:
-            self._client.log_text(run_id, html.read_text(encoding="utf-8"), "report.html")
-        self._client.log_text(run_id, to_json(report.model_copy(update={"run_id": run_id})), "report.json")
-        self._client.set_terminated(run_id)
-        return run_id
+        """Log a drift check: see `Ledger.log_report`."""
+        return Ledger(self.uri, self.experiment).log_report(report, html)
 
     @guarded
     def log_evaluation(self, version: ModelVersion, report: EvalReport, speed: Speed | None) -> str:
@@ -240,8 +213,11 @@ class Tracker(Results):
 
     @guarded
     def log_decision(self, run_id: str, decision: RetrainDecision | PromotionDecision) -> None:
-        """Log a decision on the run that it is about, as a JSON artifact and as tags."""
-        log_decision(self._client, run_id, decision)
+        """Log a decision on the run that it is about; one about drift goes into the ledger too."""
+        if isinstance(decision, RetrainDecision):
+            Ledger(self.uri, self.experiment).note(decision.model_copy(update={"run_id": run_id}))
+        else:
+            log_decision(self._client, run_id, decision)
 
     @guarded
     def leaderboard_url(self, *metrics: str) -> str:
