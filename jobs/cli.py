@@ -232,10 +232,56 @@ app.add_typer(monitor_app, name="monitor")
 
 @monitor_app.command("run")
 def monitor_run(path: ExperimentPath = EXAMPLE) -> None:
-    """Check for drift every `monitor.every_seconds`, until interrupted; alarms become retraining jobs."""
-    from jobs.up import monitor as run
+    """Check for drift every `monitor.every_seconds`, until interrupted; alarms become retraining jobs.
+
+    Checks are at even times, on the hour for 3600, whenever this was started; what was missed is caught up.
+    A workspace has one for each model. SIGTERM ends it after the round under way. If MLflow or Ray are away
+    it says so and tries again, ever less often.
+    """
+    from jobs.monitor import run
 
     run(path)
+
+
+@monitor_app.command("once")
+def monitor_once(path: ExperimentPath = EXAMPLE) -> None:
+    """Check what is due, decide, and end: with status 0, or 3 on an alarm. For cron and its like.
+
+    What earlier calls missed is caught up; where nothing is due, nothing is done.
+    """
+    from jobs.monitor import ALARM, once
+
+    if once(path):
+        raise typer.Exit(ALARM)
+
+
+@monitor_app.command("deploy")
+def monitor_deploy(path: ExperimentPath = EXAMPLE) -> None:
+    """Have the Ray cluster watch: `monitor run` as a detached actor, which is restarted wherever it dies.
+
+    The folder must lie at the same place on all nodes. If one watches already, it is left as it is: after a
+    change of `monitor.every_seconds`, or a new release, stop it first.
+    """
+    from jobs.monitor_actor import run_deploy
+
+    run_deploy(path)
+
+
+@monitor_app.command("status")
+def monitor_status(path: ExperimentPath = EXAMPLE) -> None:
+    """Say what watches a model, its last round, its next and the last verdict; status 1 if nothing does."""
+    from jobs.monitor_actor import run_status
+
+    if not run_status(path):
+        raise typer.Exit(1)
+
+
+@monitor_app.command("stop")
+def monitor_stop(path: ExperimentPath = EXAMPLE) -> None:
+    """End what watches a model, after its round: this workspace's process, and the actor of its cluster."""
+    from jobs.monitor_actor import run_stop
+
+    run_stop(path)
 
 
 captures_app = typer.Typer(no_args_is_help=True, help="What the endpoint answered: its captured exchanges.")

@@ -1,25 +1,21 @@
-"""Everything up, and down again; and the monitor that `up` leaves running."""
+"""Everything up, and down again."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
-from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 
-from jobs.check_drift import run as check_once
 from jobs.console import console, say
+from jobs.monitor import running
 from jobs.quickstart import check_ports
 from jobs.serve import serve
 from jobs.workspace import Service, Workspace
 from regraft.cluster import local
 from regraft.config import Experiment
-from regraft.errors import RegraftError
 
 
 def up(path: Path) -> None:
@@ -52,7 +48,7 @@ def _start(path: Path, experiment: Experiment, workspace: Workspace) -> list[str
         lines.append("endpoint  not up: no champion yet; run `regraft sweep`, then `regraft up` again")
         return lines
     lines.append(f"endpoint  {serve(experiment, connection)}/v1")
-    if services.monitor is None:
+    if services.monitor is None and not running(workspace, experiment.name):
         services = services.model_copy(update={"monitor": _start_monitor(path, workspace)})
         workspace.save(services)
     log = workspace.root / "monitor.log"
@@ -78,28 +74,3 @@ def down() -> None:
     """End this workspace's services."""
     ended = Workspace().stop()
     say(f"ended {', '.join(ended)}" if ended else "nothing was running")
-
-
-def monitor(path: Path) -> None:
-    """Check each new window of exchanges, until SIGTERM or an interrupt."""
-    from monitoring.schedule import run_forever
-
-    experiment = Experiment.load(path)
-    stop = threading.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.set())
-    since = datetime.now(UTC)
-
-    def check() -> None:
-        nonlocal since
-        until = datetime.now(UTC)
-        try:
-            report = check_once(path, start=since, end=until)
-        except RegraftError as error:
-            say(f"not checked: {error}")  # the window stays open: the next check takes these exchanges too
-            return
-        if report.status != "insufficient":
-            since = until
-
-    say(f"watching {experiment.name} every {experiment.monitor.every_seconds:g} s")
-    run_forever(check, experiment.monitor.every_seconds, stop)
