@@ -6,26 +6,23 @@ once do not check a window twice: the round itself sees to that, not the schedul
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import multiprocessing
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AwareDatetime, ValidationError
-
 from jobs.console import say
+from jobs.heartbeat import Found, Heartbeat, heartbeat_file, sole
 from jobs.workspace import Workspace
+from monitoring.gauges import Gauges
 from monitoring.schedule import run_forever, settling
 from regraft.config import Experiment
 from regraft.errors import RegraftError, ServiceError
-from regraft.records import DriftReport, Record, RetrainDecision
 
 #: Status with which `regraft monitor once` ends if it found an alarm.
 ALARM = 3
@@ -33,58 +30,8 @@ ALARM = 3
 _LONGEST_ROUND_SECONDS = 6 * 3600.0
 
 
-class Found(Record):
-    """A window that was checked, and what was decided about it."""
-
-    report: DriftReport
-    decision: RetrainDecision | None = None
-
-    @property
-    def alarms(self) -> bool:
-        """Whether something has to be done about it, or somebody should look."""
-        return self.report.status == "drift" or bool(self.report.alarms)
-
-    def __str__(self) -> str:
-        """One line for people."""
-        report, decision = self.report, self.decision
-        said = f"{report.window_start} to {report.window_end}: {report.status}: {report.summary}"
-        return f"{said} Decision: {decision.action}: {decision.reason}" if decision else said
-
-
 #: One round: the experiment's file and the present, to what was found in the windows that were due.
 Round = Callable[[Path, datetime], Sequence[Found]]
-
-
-class Heartbeat(Record):
-    """What a monitor does, for whoever asks how it is.
-
-    Attributes:
-        where: A process of its own, or an actor of the cluster.
-        began, ended: Of the last round; `ended` before `began` while one is under way.
-        due: When the next round is planned.
-        failures: Rounds that failed, one after the other, up to now.
-        problem: Why the last of them did.
-        newest: The last window that was checked in its rounds; None before the first.
-    """
-
-    model: str
-    where: Literal["process", "actor"]
-    pid: int
-    host: str
-    since: AwareDatetime
-    every_seconds: float
-    rounds: int = 0
-    began: AwareDatetime | None = None
-    ended: AwareDatetime | None = None
-    due: AwareDatetime | None = None
-    failures: int = 0
-    problem: str = ""
-    newest: Found | None = None
-
-    @property
-    def under_way(self) -> bool:
-        """Whether a round runs."""
-        return self.began is not None and (self.ended is None or self.ended < self.began)
 
 
 class Loop:
@@ -98,6 +45,7 @@ class Loop:
         where: What the heartbeat says of it.
         work: A round.
         file: Where the heartbeat is written at each change; nowhere if None.
+        metrics: Where Prometheus' textfile collector looks, if anywhere.
     """
 
     def __init__(
@@ -110,8 +58,11 @@ class Loop:
         where: Literal["process", "actor"],
         work: Round,
         file: Path | None = None,
+        metrics: Path | None = None,
     ) -> None:
-        self._path, self._every, self._settle, self._work, self._file = path, every, settle, work, file
+        self._path, self._every, self._settle, self._work = path, every, settle, work
+        self._file, self._metrics = file, metrics
+        self.gauges = Gauges()
         self.beat = Heartbeat(
             model=name,
             where=where,
@@ -139,10 +90,15 @@ class Loop:
             # What users wrote stays in the report's own page and run.
             plain = found.report.model_copy(update={"attribution": None})
             self._note(newest=found.model_copy(update={"report": plain}))
+            self.gauges.update(found.report, found.decision)
+            if self._metrics is not None:
+                self.gauges.write(self._metrics)
 
     def _planned(self, due: datetime, failure: Exception | None) -> None:
         if failure is None and self.beat.failures:
             say(f"a round succeeded again after {self.beat.failures} that failed")
+        if failure is not None:
+            self.gauges.failed(self.beat.model)
         self._note(
             ended=datetime.now(UTC),
             due=due,
@@ -238,7 +194,7 @@ def run(path: Path, work: Round = one_round) -> None:
     path = (path / "regraft.yaml" if path.is_dir() else path).resolve()
     experiment = Experiment.load(path)
     workspace = Workspace()
-    with _sole(workspace, experiment.name):
+    with sole(workspace, experiment.name):
         stop = threading.Event()
 
         def end(*_: object) -> None:
@@ -249,7 +205,7 @@ def run(path: Path, work: Round = one_round) -> None:
         every = timedelta(seconds=experiment.monitor.every_seconds)
         say(f"watching {experiment.name} every {every.total_seconds():g} s, process {os.getpid()}")
         try:
-            Loop(
+            loop = Loop(
                 path,
                 experiment.name,
                 every,
@@ -257,7 +213,11 @@ def run(path: Path, work: Round = one_round) -> None:
                 where="process",
                 work=lambda path, now: in_child(work, path, now),
                 file=heartbeat_file(workspace, experiment.name),
-            ).run(stop)
+                metrics=experiment.monitor.metrics_file,
+            )
+            if (port := experiment.monitor.metrics_port) is not None:
+                say(f"metrics at http://127.0.0.1:{loop.gauges.serve(port=port)}/metrics")
+            loop.run(stop)
         finally:
             for name, handler in before.items():
                 signal.signal(name, handler)
@@ -268,56 +228,12 @@ def once(path: Path, work: Round = one_round) -> bool:
     """One round here and now, for a scheduler that is there already; whether a window alarms."""
     path = (path / "regraft.yaml" if path.is_dir() else path).resolve()
     found = work(path, datetime.now(UTC))
+    gauges = Gauges()
     for each in found:
         say(str(each))
+        gauges.update(each.report, each.decision)
+    if found and (file := Experiment.load(path).monitor.metrics_file) is not None:
+        gauges.write(file)
     if not found:
         say("no window is due")
     return any(each.alarms for each in found)
-
-
-def heartbeat_file(workspace: Workspace, name: str) -> Path:
-    """Where the monitor of a model writes how it is."""
-    return workspace.root / "monitor" / f"{name}.json"
-
-
-def heartbeat(workspace: Workspace, name: str) -> Heartbeat | None:
-    """What a monitor's process of this workspace wrote last, whether or not it runs."""
-    try:
-        return Heartbeat.model_validate_json(heartbeat_file(workspace, name).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValidationError):  # none yet, or one of an older release
-        return None
-
-
-def running(workspace: Workspace, name: str) -> bool:
-    """Whether a monitor's process of this workspace watches a model."""
-    lock = heartbeat_file(workspace, name).with_suffix(".lock")
-    if not lock.exists():
-        return False
-    with lock.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-@contextlib.contextmanager
-def _sole(workspace: Workspace, name: str) -> Iterator[None]:
-    """Be the one process of this workspace that watches a model.
-
-    Raises:
-        ServiceError: If another does.
-    """
-    lock = heartbeat_file(workspace, name).with_suffix(".lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            beat = heartbeat(workspace, name)
-            by = f": process {beat.pid} since {beat.since:%Y-%m-%d %H:%M:%S %Z}" if beat else ""
-            raise ServiceError(
-                f"a monitor of {name} runs in {workspace.root} already{by}",
-                "let it run, or end it first: `regraft monitor stop`",
-            ) from error
-        yield  # released when the file closes, also if this process dies

@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 
 from jobs.console import say
-from jobs.monitor import Heartbeat, Loop, Round, heartbeat, one_round, running
+from jobs.heartbeat import Found, Heartbeat, heartbeat, running
+from jobs.monitor import Loop, Round, one_round
 from jobs.workspace import Connection, Workspace
 from monitoring.schedule import settling
 from regraft.cluster import local
@@ -27,6 +28,7 @@ from regraft.cluster.locks import NAMESPACE
 from regraft.config import Experiment
 from regraft.errors import RegraftError, ServiceError
 from regraft.processes import end_process
+from regraft.tracking.ledger import Ledger
 
 #: How long an actor may take to answer; one that is being restarted takes as long as its node.
 _PATIENCE = 60.0
@@ -40,14 +42,16 @@ class Monitor:
     Its loop begins with the actor, so that a restarted one goes on without anybody's call.
     """
 
-    def __init__(self, path: str, name: str, every: timedelta, settle: timedelta, work: Round) -> None:
+    def __init__(
+        self, path: str, name: str, every: timedelta, settle: timedelta, work: Round, metrics: Path | None
+    ) -> None:
         import ray
 
         # For what a round starts; the variable of a job's driver, which this is not.
         os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         self._path = Path(path)
         self._stop = threading.Event()
-        self._loop = Loop(self._path, name, every, settle, where="actor", work=work)
+        self._loop = Loop(self._path, name, every, settle, where="actor", work=work, metrics=metrics)
         self._thread = threading.Thread(target=self._run, name="monitor")
         self._thread.start()
 
@@ -121,6 +125,7 @@ def deploy(path: Path, experiment: Experiment, connection: Connection, work: Rou
             timedelta(seconds=experiment.monitor.every_seconds),
             settling(experiment.serve),
             work,
+            experiment.monitor.metrics_file,
         )
     )
     try:
@@ -243,6 +248,12 @@ def run_status(path: Path) -> bool:
             if beat is not None:
                 watched = True
                 _show(beat)
+    try:
+        newest = Ledger(workspace.tracking_uri(experiment), experiment.name).reports(experiment.name, limit=1)
+    except ServiceError as error:
+        say(f"the last verdict is not known: {error.problem}")
+    else:
+        say(f"last verdict: {Found(report=newest[0])}" if newest else "last verdict: none yet")
     if not watched:
         say(f"nothing watches {experiment.name}: `regraft monitor run` or `regraft monitor deploy` does")
     return watched
@@ -272,7 +283,7 @@ def _show(beat: Heartbeat) -> None:
         say(f"  last round {_time(beat.began)} to {_time(beat.ended)}, next {_time(beat.due)}")
     if beat.failures:
         say(f"  {beat.failures} rounds failed one after the other, the last: {beat.problem}")
-    say(f"  {beat.newest}" if beat.newest else "  no window checked by it yet")
+    say(f"  last window it checked: {beat.newest}" if beat.newest else "  no window checked by it yet")
 
 
 def _time(when: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from jobs.console import console, say
-from jobs.monitor import running
+from jobs.heartbeat import running
 from jobs.quickstart import check_ports
 from jobs.serve import serve
 from jobs.workspace import Service, Workspace

@@ -18,10 +18,12 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.monitor import Found, Heartbeat, Loop, heartbeat, in_child, once, run, running
+from jobs.heartbeat import Found, Heartbeat, heartbeat, running
+from jobs.monitor import Loop, in_child, once, run
 from jobs.monitor_actor import deploy, deployed, run_status, withdraw
 from jobs.workspace import Connection, Workspace
 from monitoring.schedule import EPOCH
@@ -132,7 +134,7 @@ def works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         textwrap.dedent("""
         import os
         from regraft.errors import ServiceError
-        from jobs.monitor import Found
+        from jobs.heartbeat import Found
 
         def checks(path, now):
             return [Found.model_validate_json(path.read_text())]
@@ -180,8 +182,9 @@ def test_the_heartbeat_tells_of_failures_and_of_the_verdict(tmp_path: Path, caps
         return [found(), found("drift", summary="A new topic.")]
 
     loop = Loop(
-        tmp_path, "tiny", timedelta(seconds=0.01), timedelta(0), where="process", work=work, file=file
-    )
+        tmp_path, "tiny", timedelta(seconds=0.01), timedelta(0), where="process", work=work, file=file,
+        metrics=tmp_path / "regraft.prom",
+    )  # fmt: skip
     loop.run(stop)
     assert [b.under_way for b in beats] == [True] * 3
     assert [(b.rounds, b.failures, b.problem) for b in beats] == [
@@ -195,6 +198,12 @@ def test_the_heartbeat_tells_of_failures_and_of_the_verdict(tmp_path: Path, caps
     assert last.due is not None
     assert last.began is not None
     assert last.due > last.began
+    figures = generate_latest(loop.gauges.registry).decode()
+    assert 'regraft_monitor_failures_total{model="tiny",version=""} 2.0' in figures
+    assert 'regraft_monitor_checks_total{model="tiny",status="drift",version="1"} 1.0' in figures
+    assert (
+        'last_verdict{model="tiny",status="drift",version="1"} 1.0' in (tmp_path / "regraft.prom").read_text()
+    )
     assert "succeeded again after 2 that failed" in capsys.readouterr().out
 
 
@@ -209,8 +218,12 @@ def test_the_heartbeat_tells_of_failures_and_of_the_verdict(tmp_path: Path, caps
         ([found(alarms=("error_rate",))], True),
     ],
 )
-def test_one_round_says_whether_there_is_an_alarm(windows: list[Found], alarm: bool, tmp_path: Path):
-    assert once(tmp_path, lambda path, now: windows) is alarm
+def test_one_round_says_whether_there_is_an_alarm(windows: list[Found], alarm: bool, case: Path):
+    text = case.read_text().replace("monitor:\n", "monitor:\n  metrics_file: regraft.prom\n")
+    case.write_text(text)
+    assert once(case, lambda path, now: windows) is alarm
+    written = case.with_name("regraft.prom")
+    assert written.exists() is bool(windows)
 
 
 def test_once_says_what_is_missing(case: Path):
