@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -237,15 +239,20 @@ def test_cron_sees_an_alarm_by_the_status(alarm: bool, status: int, monkeypatch:
     assert CliRunner().invoke(app, ["monitor", "once", "."]).exit_code == status
 
 
-def counting(folder: Path) -> Callable[[Path, datetime], list[DriftReport]]:
-    """A round as the real one is: under the model's lock it checks what is due, and writes that down."""
+def counting(folder: Path, *, whole: bool = False) -> Callable[[Path, datetime], list[Found]]:
+    """A round as the real one is: under the model's lock it checks what is due, and writes that down.
+
+    The lock is the cluster's if `whole`, else a file's, which is quicker.
+    """
 
     def work(path: Path, now: datetime) -> list[Found]:
         from monitoring.schedule import due
         from regraft.cluster.locks import cluster_lock
 
-        with cluster_lock("pretended:tiny"):
-            noted = folder / "checked"
+        noted = folder / "checked"
+        with noted.open("ab") as held, cluster_lock("pretended:tiny") if whole else nullcontext():
+            if not whole:
+                fcntl.flock(held, fcntl.LOCK_EX)
             lines = noted.read_text().splitlines()
             covered = datetime.fromisoformat(lines[-1].split()[0])
             for tick in due(covered, now, EVERY):
@@ -293,19 +300,19 @@ import importlib.util, sys
 from pathlib import Path
 from jobs.monitor_actor import deploy, local
 from regraft.config import Experiment
-path, address, tests = sys.argv[1:]
+path, address, tests, whole = *sys.argv[1:4], sys.argv[4] == 'whole'
 spec = importlib.util.spec_from_file_location("pretended", tests)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 local.join(address)
 folder = Path(path).parents[1]
-deploy(Path(path), Experiment.load(path), module.connection(folder), module.counting(folder))
+deploy(Path(path), Experiment.load(path), module.connection(folder), module.counting(folder, whole=whole))
 """
 
 
-def deploy_elsewhere(case: Path, address: str) -> None:
+def deploy_elsewhere(case: Path, address: str, lock: str) -> None:
     """Deploy from a driver that ends, as the command line does."""
-    driver = [sys.executable, "-c", DRIVER, str(case), address, __file__]
+    driver = [sys.executable, "-c", DRIVER, str(case), address, __file__, lock]
     done = subprocess.run(driver, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -313,7 +320,7 @@ def deploy_elsewhere(case: Path, address: str) -> None:
 def test_the_actor_outlives_its_driver_and_is_there_once(two_nodes, case: Path, tmp_path: Path):
     import ray
 
-    deploy_elsewhere(case, two_nodes.address)
+    deploy_elsewhere(case, two_nodes.address, "file")
     assert deployed("other") is None
     first = deployed("tiny")
     assert first is not None
@@ -345,3 +352,30 @@ def test_the_actor_outlives_its_driver_and_is_there_once(two_nodes, case: Path, 
     assert deployed("tiny") is None
     assert not withdraw("tiny")
     each_once(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_actor_goes_on_elsewhere_when_its_node_dies(two_nodes, case: Path, tmp_path: Path):
+    # Last here: the node does not come back.
+    import psutil
+    from ray._private.ray_constants import PROCESS_TYPE_RAYLET
+
+    (node,) = two_nodes.worker_nodes
+    raylet = node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid
+    deploy_elsewhere(case, two_nodes.address, "whole")
+    try:
+        beat = deployed("tiny")
+        for _ in range(30):  # Ray chooses the node
+            assert beat is not None
+            if psutil.Process(beat.pid).ppid() == raylet:
+                break
+            withdraw("tiny")
+            beat = deploy(case, Experiment.load(case), connection(tmp_path), counting(tmp_path, whole=True))
+        assert psutil.Process(beat.pid).ppid() == raylet
+        goes_on(tmp_path, by=beat.pid)
+        two_nodes.remove_node(node, allow_graceful=False)
+        other = goes_on(tmp_path, not_by=beat.pid)
+        assert psutil.Process(other).ppid() != raylet
+        each_once(tmp_path)
+    finally:
+        withdraw("tiny")
