@@ -255,8 +255,9 @@ def counting(folder: Path, *, whole: bool = False) -> Callable[[Path, datetime],
                 fcntl.flock(held, fcntl.LOCK_EX)
             lines = noted.read_text().splitlines()
             covered = datetime.fromisoformat(lines[-1].split()[0])
+            time.sleep(0.1)  # a check takes its time: without the lock, another would begin the same one
             for tick in due(covered, now, EVERY):
-                with noted.open("a") as file:  # another scheduler without the lock would do so in between
+                with noted.open("a") as file:
                     file.write(f"{tick.isoformat()} {os.getpid()}\n")
         return []
 
