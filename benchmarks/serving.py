@@ -63,6 +63,9 @@ def main() -> None:
     words.add_argument(
         "--ray-env", action="append", default=[], metavar="NAME=VALUE", help="of the endpoint in http"
     )
+    words.add_argument(
+        "--serve", action="append", default=[], metavar="KEY=VALUE", help="of the endpoint's section in http"
+    )
     settings = words.parse_args()
     parts = settings.parts.split(",")
     if unknown := set(parts) - set(PARTS):
@@ -127,11 +130,13 @@ def endpoints(settings: argparse.Namespace, parts: list[str], folder: Path) -> d
         ]
         tiny = register(server.url, folder, "tiny", str(make_tiny(folder / "tiny")), adapters, spread=0.3)
         if "http" in parts:
-            environment = dict(pair.split("=", 1) for pair in settings.ray_env)
+            environment, serve = (
+                dict(pair.split("=", 1) for pair in pairs) for pairs in (settings.ray_env, settings.serve)
+            )
 
             def latency(model: Registered, rounds: int, each: int) -> dict[str, float]:
                 return added_latency(
-                    model, tokens=8, rounds=rounds, each=each, environment=environment, say=say
+                    model, tokens=8, rounds=rounds, each=each, environment=environment, serve=serve, say=say
                 )
 
             small = latency(tiny, 3 if quick else 10, 40)

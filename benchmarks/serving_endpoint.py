@@ -35,8 +35,12 @@ class Registered:
     versions: tuple[int, ...]
     folder: Path
 
-    def settings(self) -> EndpointSettings:
-        """Of an endpoint with one engine replica and a spool of its own."""
+    def settings(self, serve: Mapping[str, Any] = {}) -> EndpointSettings:
+        """Of an endpoint with one engine replica and a spool of its own.
+
+        Args:
+            serve: More of its section.
+        """
         from regraft.config import ServeSection
         from regraft.processes import free_port
         from serving.settings import EndpointSettings
@@ -49,7 +53,7 @@ class Registered:
             captures=self.folder / f"captures-{port}",
             dtype="float32" if self.name == "tiny" else "bfloat16",
             device="cpu",
-            serve=ServeSection(port=port, max_queued=1024),
+            serve=ServeSection.model_validate({"port": port, "max_queued": 1024, **serve}),
         )
 
 

@@ -26,6 +26,7 @@ def added_latency(
     rounds: int,
     each: int,
     environment: Mapping[str, str],
+    serve: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """One client at a time over HTTP, and the same requests to the bare engine in a process, by turns.
@@ -39,14 +40,15 @@ def added_latency(
         rounds: How often either side has its turn.
         each: Requests of a turn, half of them streams.
         environment: Of Ray, for trials of its settings.
+        serve: Of the endpoint, for trials of its own.
         say: Told the figures.
 
     Returns:
         Milliseconds: what is added to whole answers (`added_latency_p50_ms`, `added_latency_p95_ms`) and to
         streams and their first text; `hop_p50_ms`, the part of it between the gateway and the engine's
         replica and back; `round_trip_p50_ms`, that of a request which no engine answers; the CPU time that
-        Ray's proxy and the gateway spend on an answer, with what they do beside it; what the endpoint's
-        answers and first texts take; and `capture_cost_ms`, the time of one capture.
+        Ray's proxy, where there is one, and the gateway spend on an answer, with what they do beside it; what
+        the endpoint's answers and first texts take; and `capture_cost_ms`, the time of one capture.
     """
     from regraft.data.captures import CaptureStore
     from regraft.models import load_tokenizer, prompt_ids, resolve
@@ -54,7 +56,7 @@ def added_latency(
 
     version = model.registry.version(model.name, model.versions[0])
     ids = prompt_ids(load_tokenizer(resolve(version.base_model).path), [Message(**t) for t in TURNS])
-    settings = model.settings()
+    settings = model.settings(serve)
     found: dict[str, list[float]] = {
         name: []
         for name in (
@@ -68,7 +70,8 @@ def added_latency(
         for process in endpoint.family():
             pin(process, OTHER_CORE)
         pin(endpoint.actor("Engines"), ENGINE_CORE)
-        spent = {name: 0.0 for name in ("ProxyActor", "Gateway", "Engines")}
+        proxied = settings.serve.ingress == "proxy"
+        spent = {name: 0.0 for name in (*(["ProxyActor"] if proxied else []), "Gateway", "Engines")}
         asked_whole = 0
         for number in range(rounds + 1):
             for stream in (False, True):
@@ -117,7 +120,7 @@ def added_latency(
         "added_first_token_p50_ms": added(", first", 50),
         "added_stream_p50_ms": added(", stream", 50),
         "hop_p50_ms": round(1000 * (_p(found["captured"], 50) - _p(found["bare"], 50)), 2),
-        "proxy_cpu_ms": round(cpu["ProxyActor"], 2),
+        "proxy_cpu_ms": round(cpu.get("ProxyActor", 0.0), 2),
         "gateway_cpu_ms": round(cpu["Gateway"], 2),
         "round_trip_p50_ms": round(1000 * _p(found["round trip"], 50), 2),
         "answer_p50_ms": round(1000 * _p(found["http"], 50), 2),

@@ -17,7 +17,9 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from regraft.errors import ServiceError
+from serving.auth import check_exposure
 from serving.gateway import create_gateway
+from serving.listener import Listener
 from serving.remote import RemoteEngines
 from serving.replica import EngineReplica
 from serving.settings import EndpointSettings
@@ -35,6 +37,12 @@ _HEADROOM = 64
 #: How often gateways tell Ray how many requests they have, as Ray sets it.
 _TOLD_SECONDS = 10.0
 
+#: Beyond what answers may take: to write the last captures down and unload.
+_LEAVE_SECONDS = 5.0
+
+#: Ray's name for its head node, as a resource.
+_HEAD = "node:__internal_head__"
+
 #: Ray runs the code of a deployment and its routing in threads of their own, so that code that blocks does no
 #: harm. Ours does not block, and changing threads took a third of an answer's time without a model.
 #: Between gateway and replicas answers go by gRPC, which takes a quarter less time than calls of actors do.
@@ -45,9 +53,46 @@ _ENVIRONMENT = {
 }
 
 
-@serve.ingress()
+def _application(settings: EndpointSettings, handle: DeploymentHandle[Any]) -> FastAPI:
+    from regraft.tracking.registry import Registry
+
+    engines = RemoteEngines(handle)
+    registry = Registry(settings.tracking_uri, settings.cache)
+    return create_gateway(settings, registry, engines.load, engines.keep)
+
+
 class Gateway:
-    """A replica of the gateway.
+    """A replica of the gateway, which listens by itself.
+
+    Args:
+        settings: As `EndpointSettings` dumps itself.
+        engines: The deployment that holds the models.
+
+    Raises:
+        ServiceError: If it cannot listen where it should.
+    """
+
+    async def __init__(self, settings: dict[str, Any], engines: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+        given = EndpointSettings.model_validate(settings)
+        section = given.serve
+        self._listener = Listener(
+            _application(given, engines), section.host, section.port,
+            name=given.name, drain_seconds=section.request_timeout_seconds,
+        )  # fmt: skip
+        await self._listener.start()
+
+    async def check_health(self) -> None:
+        """Called by Ray, which replaces a replica that raises here."""
+        self._listener.check()
+
+    async def __del__(self) -> None:
+        """Called by Ray before it ends the replica; answers what has begun."""
+        await self._listener.drain()
+
+
+@serve.ingress()
+class GatewayBehindProxy:
+    """A replica of the gateway that Ray's proxy calls.
 
     Args:
         settings: As `EndpointSettings` dumps itself.
@@ -60,11 +105,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray (the name is its own) after the constructor, in the replica."""
-        from regraft.tracking.registry import Registry
-
-        engines = RemoteEngines(self._engines)
-        registry = Registry(self._settings.tracking_uri, self._settings.cache)
-        return create_gateway(self._settings, registry, engines.load, engines.keep)
+        return _application(self._settings, self._engines)
 
 
 def build_app(settings: EndpointSettings | dict[str, Any]) -> Application:
@@ -72,9 +113,13 @@ def build_app(settings: EndpointSettings | dict[str, Any]) -> Application:
 
     Args:
         settings: What to serve; from a config file Ray passes them as it reads them.
+
+    Raises:
+        ConfigError: If others would reach the gateways without a key.
     """
     settings = EndpointSettings.model_validate(settings)
     section = settings.serve
+    check_exposure(section.host, section.keys, open=section.open)
     arguments = settings.model_dump(mode="json")
     replicas: dict[str, Any] = {"num_replicas": section.min_replicas}
     if section.max_replicas > section.min_replicas:
@@ -105,14 +150,21 @@ def build_app(settings: EndpointSettings | dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=section.request_timeout_seconds,
         **replicas,
     )
+    listens = section.ingress == "gateway"
     gateway = serve.deployment(
-        Gateway,
+        Gateway if listens else GatewayBehindProxy,
+        name="Gateway",
         num_replicas=section.gateways,
         max_ongoing_requests=section.max_batch * section.max_replicas + section.max_queued + _HEADROOM,
-        # It waits for others most of the time: it takes no core of a small machine away from them.
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}},
+        ray_actor_options={
+            # It waits for others most of the time: it takes no core of a small machine away from them.
+            "num_cpus": 0,
+            # One address, which is known.
+            **({"resources": {_HEAD: 0.001}} if listens else {}),
+            "runtime_env": {"env_vars": _ENVIRONMENT},
+        },
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=section.request_timeout_seconds,
+        graceful_shutdown_timeout_s=section.request_timeout_seconds + _LEAVE_SECONDS,
     )
     application: Application = gateway.bind(arguments, engines.bind(arguments))
     return application
@@ -126,12 +178,15 @@ def serve_config(settings: EndpointSettings, *, host: str, port: int) -> dict[st
         host: Address to listen on.
         port: Port to listen on.
     """
+    settings = _listening(settings, host, port)
     return {
+        # EveryNode is Ray's own.
+        "proxy_location": "EveryNode" if settings.serve.ingress == "proxy" else "Disabled",
         "http_options": {"host": host, "port": port},
         "applications": [
             {
                 "name": APP_NAME,
-                "route_prefix": "/",
+                "route_prefix": _route(settings),
                 "import_path": "serving.app:build_app",
                 "args": settings.model_dump(mode="json", exclude_defaults=True),
             }
@@ -156,8 +211,10 @@ def deploy(
     Raises:
         ServiceError: If Ray has given up.
     """
-    serve.start(http_options={"host": host, "port": port})
-    target = serve.RunTarget(build_app(settings), name=APP_NAME, route_prefix="/")
+    settings = _listening(settings, host, port)
+    proxies = {} if settings.serve.ingress == "proxy" else {"proxy_location": "Disabled"}
+    serve.start(http_options={"host": host, "port": port}, **proxies)
+    target = serve.RunTarget(build_app(settings), name=APP_NAME, route_prefix=_route(settings))
     serve.run_many([target], wait_for_applications_running=False)
     said: set[str] = set()
     while True:
@@ -174,10 +231,22 @@ def deploy(
         time.sleep(0.1)
 
 
+def _listening(settings: EndpointSettings, host: str, port: int) -> EndpointSettings:
+    """The same on an address that is decided."""
+    section = settings.serve.model_copy(update={"host": host, "port": port})
+    return settings.model_copy(update={"serve": section})
+
+
+def _route(settings: EndpointSettings) -> str | None:
+    """Where Ray's proxies find the application, if they should."""
+    return "/" if settings.serve.ingress == "proxy" else None
+
+
 def _ends(message: str) -> str:
     """What Ray says before a traceback, and the error after it."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines if len(lines) < 3 else (lines[0], lines[-1]))
+    last = 2 if lines and lines[-1].startswith("mend: ") else 1
+    return " ".join(lines if len(lines) < 3 else (lines[0], *lines[-last:]))
 
 
 def delete() -> None:

@@ -169,6 +169,11 @@ class ServeSection(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    ingress: Literal["gateway", "proxy"] = Field(
+        "gateway",
+        description="Who listens on `port`: the gateways themselves, on Ray's head node, or Ray Serve's "
+        "proxy, on each node that has a part of the endpoint; the proxy adds about 5 ms to an answer.",
+    )
     max_batch: int = Field(16, ge=1, description="Requests answered together.")
     max_queued: int = Field(
         64, ge=1, description="Requests waiting beyond those being answered; more get 429."
