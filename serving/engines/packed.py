@@ -1,11 +1,13 @@
 """Linear layers with their weights laid out once as the processor's matrix units want them.
 
 torch lays bf16 weights out anew at each product on a CPU. Products of up to 32 rows took 0.5 to 0.85 of the
-time afterwards, and gave the same bits (torch 2.13 on a processor with AMX; `benchmarks/serving.py`).
+time afterwards, and gave the same bits (torch 2.13 on a processor with AMX; `benchmarks/serving.py`). Layers
+that read the same are one product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +15,48 @@ from torch import nn
 
 #: Rows of a product that the layout is chosen for.
 _ROWS = 32
+#: Layers of one parent that read the same, by their names in transformers' models.
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class _Product:
+    """The weights of layers that read the same.
+
+    Args:
+        layers: Of the same inputs.
+        shared: Whether their weights are another layer's too, which then go on to be held as they were.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], *, shared: bool) -> None:
+        weights = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weights.detach(), _ROWS)
+        self._plain = weights if shared else None
+        some = layers[0].bias is not None
+        self._bias = torch.cat([layer.bias for layer in layers]).detach() if some else None
+        self._sizes = [layer.out_features for layer in layers]
+        #: What was read last, and what came of it that nobody has asked for yet.
+        self._read: torch.Tensor | None = None
+        self._left: list[torch.Tensor | None] = []
+
+    def weight(self, part: int) -> torch.Tensor:
+        """One layer's weights as they were; unpacked anew each time where nobody else holds them."""
+        whole: torch.Tensor = self._packed.to_dense() if self._plain is None else self._plain
+        return whole.split(self._sizes)[part]
+
+    def output(self, part: int, x: torch.Tensor) -> torch.Tensor:
+        """One layer's output. Those of the others are kept until they are asked for the same `x`."""
+        if len(self._sizes) == 1:
+            return self._multiply(x)
+        if self._read is not x or self._left[part] is None:
+            self._read, self._left = x, list(self._multiply(x).split(self._sizes, dim=-1))
+        found, self._left[part] = self._left[part], None
+        if all(other is None for other in self._left):
+            self._read = None
+        assert found is not None
+        return found
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 class PackedLinear(nn.Module):
@@ -20,24 +64,24 @@ class PackedLinear(nn.Module):
 
     Args:
         inner: The layer.
-        shared: Whether its weights are another layer's too, which then go on to be held as they were.
+        product: Holds its weights.
+        part: Which of the product's layers it is.
     """
 
-    def __init__(self, inner: nn.Linear, *, shared: bool) -> None:
+    def __init__(self, inner: nn.Linear, product: _Product, part: int) -> None:
         super().__init__()
         self.in_features, self.out_features = inner.in_features, inner.out_features
         self.bias = inner.bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(inner.weight.detach(), _ROWS)
-        self._plain = inner.weight if shared else None
+        self._product, self._part = product, part
 
     @property
     def weight(self) -> Any:
-        """As it was, (outputs, inputs); unpacked anew each time where nobody else holds it."""
-        return self._packed.to_dense() if self._plain is None else self._plain
+        """As it was, (outputs, inputs)."""
+        return self._product.weight(self._part)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, of shape (…, outputs), for inputs (…, inputs)."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        return self._product.output(self._part, x)
 
 
 def pack(base: nn.Module) -> int:
@@ -54,18 +98,37 @@ def pack(base: nn.Module) -> int:
     known = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
     if known is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return 0
-    layers = [
-        (name, layer)
+    layers = {
+        name: layer
         for name, layer in base.named_modules()
         if type(layer) is nn.Linear and layer.weight.device.type == "cpu"
         if layer.weight.dtype is torch.bfloat16
-    ]
+    }
     holders: dict[int, int] = {}
     for module in base.modules():
         for parameter in module.parameters(recurse=False):
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    for name, layer in layers:
-        parent, _, last = name.rpartition(".")
-        packed = PackedLinear(layer, shared=holders[id(layer.weight)] > 1)
-        setattr(base.get_submodule(parent), last, packed)
+    alone = {name for name, layer in layers.items() if holders[id(layer.weight)] == 1}
+    left = dict(layers)
+    for name in layers:
+        if name not in left:
+            continue
+        names = _reading_the_same(name, {n: layers[n] for n in alone if n in left})
+        some = [left.pop(n) for n in names]
+        product = _Product(some, shared=name not in alone)
+        for part, (own, layer) in enumerate(zip(names, some, strict=True)):
+            parent, _, last = own.rpartition(".")
+            setattr(base.get_submodule(parent), last, PackedLinear(layer, product, part))
     return len(layers)
+
+
+def _reading_the_same(name: str, layers: dict[str, nn.Linear]) -> list[str]:
+    """The names of layers that can be one product with this one, itself among them."""
+    parent, _, last = name.rpartition(".")
+    for group in _TOGETHER:
+        names = [f"{parent}.{own}" for own in group]
+        if last in group and all(n in layers for n in names):
+            some = [layers[n] for n in names]
+            if len({(layer.in_features, layer.bias is None) for layer in some}) == 1:
+                return names
+    return [name]
