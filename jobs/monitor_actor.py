@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -203,14 +204,14 @@ def run_stop(path: Path) -> None:
     ended = []
     beat = heartbeat(workspace, experiment.name)
     if beat is not None and running(workspace, experiment.name):
-        _end(beat)
+        _end(workspace, beat)
         ended.append(f"process {beat.pid}")
     if _join(experiment, workspace) and withdraw(experiment.name):
         ended.append(f"actor {actor_name(experiment.name)}")
     say(f"ended {', '.join(ended)}" if ended else f"nothing watched {experiment.name}")
 
 
-def _end(beat: Heartbeat) -> None:
+def _end(workspace: Workspace, beat: Heartbeat) -> None:
     """End a monitor's process, after its round.
 
     Raises:
@@ -221,12 +222,18 @@ def _end(beat: Heartbeat) -> None:
             f"the monitor of {beat.model} is process {beat.pid} on {beat.host}",
             "end it there: `regraft monitor stop`",
         )
-    with contextlib.suppress(psutil.Error):
+    with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(beat.pid)
         if "monitor" in process.cmdline():
             process.terminate()
-            process.wait(_LAST_ROUND)
-    end_process(beat.pid, named="monitor")
+    deadline = time.monotonic() + _LAST_ROUND
+    # Its lock and not the process, which may stay as a zombie where nobody waits for it.
+    while running(workspace, beat.model):
+        if time.monotonic() > deadline:
+            say(f"its round has not ended in {_LAST_ROUND:.0f} s and is cut short")
+            end_process(beat.pid, named="monitor")
+            return
+        time.sleep(0.2)
 
 
 def run_status(path: Path) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -82,7 +81,7 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_the_process_outlives_missing_services_is_alone_and_ends_on_sigterm(
+def test_the_process_outlives_missing_services_is_alone_and_is_ended_in_order(
     case: Path, closed_port: int, capsys
 ):
     experiment = yaml.safe_load(case.read_text())
@@ -114,7 +113,9 @@ def test_the_process_outlives_missing_services_is_alone_and_ends_on_sigterm(
         assert f"process {monitor.pid} on" in out
         assert "rounds failed one after the other, the last: no MLflow server answers" in out
 
-        monitor.send_signal(signal.SIGTERM)
+        stop = command("stop", str(case))  # sends SIGTERM
+        assert f"ended process {monitor.pid}" in stop.communicate(timeout=60)[0]
+        assert stop.returncode == 0
         out, _ = monitor.communicate(timeout=60)
         assert monitor.returncode == 0, out
         assert out.rstrip().endswith("ended")
