@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
@@ -93,6 +95,129 @@ def test_spool_and_archive_read_as_one(tmp_path: Path, url: str) -> None:
     store.append(exchange(3))
     assert [e.id for e in store.read()].count("e-3") == 1
     assert store.table()["id"].tolist().count("e-3") == 1
+
+
+def test_a_stream_gives_what_is_read_each_id_once(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture_archive, "_BATCH", 3)
+    monkeypatch.setattr(capture_archive, "_GROUP", 2)
+    store = filled(tmp_path / "spool", 20, url)
+    ship(store, url)
+    for number in (5, 20, 21, 21):  # one of them shipped, one written twice
+        store.append(exchange(number, at=NOW + timedelta(minutes=number)))
+    for wanted in (
+        {},
+        {"start": NOW + timedelta(minutes=3), "end": NOW + timedelta(minutes=21)},
+        {"version": 2},
+        {"model": "other"},
+        {"start": datetime.now(UTC) + timedelta(days=1)},
+    ):
+        found = sorted(store.stream(**wanted), key=lambda e: (e.created, e.id))  # type: ignore[arg-type]
+        assert found == store.read(**wanted)  # type: ignore[arg-type]
+
+
+def test_what_is_shipped_once_the_spool_was_read_is_given_and_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = str(tmp_path / "archive")
+    store = CaptureStore(tmp_path / "spool", archive=archive)
+    for number in range(6):
+        store.append(exchange(number).model_copy(update={"session": None}))
+        if number in (1, 3):
+            store.close()
+    parts, shipped = Archive.parts, []
+
+    def ship_first(*given: Any, **more: Any) -> Any:
+        store.close()
+        shipped.append(ship(store, archive).files)
+        return parts(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Archive, "parts", ship_first)
+        assert len(store.times(every=timedelta(days=1), most=10)) == 6
+        assert shipped == [3]
+        store.append(exchange(6))
+        assert sorted(e.id for e in store.stream()) == [f"e-{n}" for n in range(7)]
+        assert shipped == [3, 1]
+
+
+def test_what_is_pruned_under_a_stream_is_gone_and_no_error(tmp_path: Path) -> None:
+    archive = str(tmp_path / "archive")
+    for _ in range(3):
+        ship(filled(tmp_path / "spool", 4), archive)
+    store = CaptureStore(tmp_path / "spool", archive=archive)
+    stream = store.stream()
+    next(stream)
+    for file in (tmp_path / "archive").rglob("*.parquet"):
+        file.unlink()
+    assert len(list(stream)) == 3, "the rest of the file that was open"
+
+
+def test_an_archive_that_breaks_under_a_stream_is_named(tmp_path: Path) -> None:
+    archive = str(tmp_path / "archive")
+    store = filled(tmp_path / "spool", 4, archive)
+    ship(store, archive)
+    (file,) = (tmp_path / "archive").rglob("*.parquet")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ServiceError, match=r"serve\.capture\.ship"):
+        list(store.stream())
+    with pytest.raises(ServiceError, match=r"serve\.capture\.ship"):
+        store.times(every=timedelta(hours=1), most=3)
+
+
+def test_times_are_of_the_first_sessions_of_each_interval(tmp_path: Path, url: str) -> None:
+    store = CaptureStore(tmp_path / "spool", archive=url)
+    draw = random.Random(0)
+    shown = [
+        exchange(n, at=NOW + timedelta(minutes=draw.randint(0, 179), microseconds=n)).model_copy(
+            update={
+                "session": draw.choice([None, *(f"s-{i}" for i in range(9))]),
+                "variant": draw.choice(["champion", "champion", "challenger", "shadow"]),
+            }
+        )
+        for n in range(150)
+    ]
+    for e in shown[:100]:
+        store.append(e)
+    store.close()
+    ship(store, url)
+    for e in shown[100:]:
+        store.append(e)
+    start, end = NOW + timedelta(minutes=7), NOW + timedelta(minutes=170)
+    found = store.times(every=timedelta(hours=1), most=6, start=start, end=end)
+    expected = []
+    for hour in range(12, 15):
+        firsts: dict[str, datetime] = {}
+        for e in sorted(shown, key=lambda e: e.created):
+            when = datetime.fromisoformat(e.created)
+            if start <= when < end and when.hour == hour and e.variant != "shadow":
+                firsts.setdefault(e.session or e.id, when)
+        kept = sorted(firsts.items(), key=lambda one: one[1])[:6]
+        expected += [(when, name if name.startswith("s-") else None) for name, when in kept]
+    assert found == expected
+    assert len(found) == 18
+    assert len({n for _, n in store.times(every=timedelta(days=1), most=10**6) if n}) == 9
+    assert store.times(every=timedelta(days=1), most=5, model="other") == []
+    with pytest.raises(ConfigError, match="positive"):
+        store.times(every=timedelta(0), most=5)
+
+
+def test_times_are_read_from_files_of_before_there_were_variants(tmp_path: Path) -> None:
+    archive = str(tmp_path / "archive")
+    store = filled(tmp_path / "spool", 4, archive)
+    ship(store, archive)
+    (file,) = (tmp_path / "archive").rglob("*.parquet")
+    pq.write_table(pq.read_table(file, partitioning=None).drop_columns(["variant"]), file)
+    assert len(store.times(every=timedelta(days=1), most=10)) == 3, "sessions of four exchanges"
+
+
+def test_times_names_a_line_that_is_no_exchange(tmp_path: Path) -> None:
+    filled(tmp_path / "spool", 1)
+    bad = tmp_path / "spool" / "2026-03-04-1-0123456789abcdef.jsonl"
+    bad.write_text("{}\n{}\n")
+    with pytest.raises(DataError, match=rf"{bad.name}:1: not a captured exchange"):
+        CaptureStore(tmp_path / "spool").times(every=timedelta(hours=1), most=3)
 
 
 def test_what_is_shipped_between_listing_and_reading_is_read(

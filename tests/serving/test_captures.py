@@ -86,11 +86,20 @@ def test_reads_by_time_model_and_version_each_id_once(tmp_path: Path) -> None:
     assert [e.id for e in store.read(start=NOW + timedelta(hours=1), end=NOW + timedelta(hours=2))] == ["e-2"]
     assert [e.id for e in store.read(start=datetime(2026, 3, 4, 14))] == ["e-3"]  # no zone: UTC
     assert [e.id for e in store.read(model="support", version=1)] == ["e-1"]
+    assert sorted(e.id for e in store.stream()) == ["e-1", "e-2", "e-3"]
+    assert [e.id for e in store.stream(start=NOW + timedelta(hours=1), end=NOW + timedelta(hours=2))] == [
+        "e-2"
+    ]
+    assert [when for when, _ in store.times(every=timedelta(hours=2), most=1)] == [
+        NOW,
+        NOW + timedelta(hours=2),
+    ]
     table = store.table(version=2)
     assert table["id"].tolist() == ["e-3"]
     assert table["prompt_text"].tolist() == ["question 3 → ä"]
     assert table["created"].iloc[0].to_pydatetime() == NOW + timedelta(hours=2)
     assert CaptureStore(tmp_path / "none").read() == []
+    assert list(CaptureStore(tmp_path / "none").stream()) == []
     assert list(CaptureStore(tmp_path / "none").table().columns)[-1] == "prompt_text"
 
 

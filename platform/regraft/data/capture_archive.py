@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime
 from itertools import islice
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get
 from pydantic_core import from_json, to_json
 
 from regraft.data import capture_files
+from regraft.data.capture_streams import Begun
 from regraft.errors import ConfigError, RegraftError, ServiceError
 from regraft.records import CapturedExchange
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.dataset as ds
     import pyarrow.parquet as pq
 
 #: Rows put together at once: less than a millisecond, in which the threads beside this one wait.
@@ -38,7 +40,7 @@ class Wanted(NamedTuple):
     model: str | None = None
     version: int | None = None
 
-    def takes(self, exchange: CapturedExchange, when: datetime) -> bool:
+    def takes(self, exchange: CapturedExchange | Begun, when: datetime) -> bool:
         """Whether an exchange that began at `when` is among them."""
         return not (
             (self.start is not None and when < self.start)
@@ -48,7 +50,7 @@ class Wanted(NamedTuple):
         )
 
 
-def begun(exchange: CapturedExchange) -> datetime:
+def begun(exchange: CapturedExchange | Begun) -> datetime:
     """When an exchange began; a time without a zone is UTC."""
     when = datetime.fromisoformat(exchange.created)
     return when if when.tzinfo else when.replace(tzinfo=UTC)
@@ -72,13 +74,20 @@ def to_arrow(exchanges: Iterable[CapturedExchange]) -> pa.Table:
 
 def from_arrow(table: pa.Table) -> list[CapturedExchange]:
     """The exchanges of a table with `schema`."""
-    made = []
-    for row in table.to_pylist():
-        row["created"] = row["created"].isoformat(timespec="microseconds")
-        for name in JSON:
-            row[name] = from_json(row[name])
-        made.append(CapturedExchange.model_validate(row))
-    return made
+    import numpy as np
+
+    # Column by column: a third of the time that rows take.
+    columns: list[list[Any]] = []
+    for name in table.column_names:
+        if name == "created":
+            when = table[name].to_numpy().astype("datetime64[us]")
+            columns.append([f"{text}+00:00" for text in np.datetime_as_string(when).tolist()])
+        elif name in JSON:
+            columns.append([from_json(value, cache_strings="keys") for value in table[name].to_pylist()])
+        else:
+            columns.append(table[name].to_pylist())
+    rows = zip(*columns, strict=True)
+    return [CapturedExchange.model_validate(dict(zip(table.column_names, row, strict=True))) for row in rows]
 
 
 class Archive:
@@ -155,6 +164,43 @@ class Archive:
         except FileNotFoundError:  # pruned after it was listed
             return self._read(wanted, columns)
 
+    def parts(
+        self, wanted: Wanted, columns: Sequence[str], *, without: Collection[str] = (), shadows: bool = True
+    ) -> Iterator[pa.Table]:
+        """The exchanges that are wanted, some thousand at a time, in no order.
+
+        Args:
+            wanted: Which.
+            columns: The fields of them; the fewer, the quicker.
+            without: Names of files to leave out, without their ending.
+            shadows: Whether answers of a shadow are among them.
+
+        Raises:
+            ServiceError: If the store cannot be read.
+        """
+        import pyarrow as pa
+        import pyarrow.dataset as ds
+
+        condition = _condition(wanted)
+        if not shadows:
+            variant = ds.field("variant")  # files of before it was recorded have none
+            condition &= (variant != "shadow") | variant.is_null()
+        for path in self.files(wanted.start.astimezone(UTC).date() if wanted.start else None):
+            if Path(path).stem in without:
+                continue
+            try:
+                file = ds.dataset(path, schema=schema(), format="parquet", filesystem=self._store)
+                # Read ahead of little: whatever the size of a file, a few row groups are in memory.
+                for batch in file.to_batches(
+                    columns=list(columns), filter=condition, batch_readahead=1, fragment_readahead=1
+                ):
+                    if batch.num_rows:
+                        yield _defaults(pa.Table.from_batches([batch]))
+            except FileNotFoundError:  # pruned after it was listed
+                continue
+            except Exception as error:
+                raise self._away(error) from error
+
     def files(self, start: date | None = None) -> dict[str, int]:
         """The files by path, with their bytes, without those that have nothing begun on `start` or later.
 
@@ -190,25 +236,15 @@ class Archive:
         return len(old)
 
     def _read(self, wanted: Wanted, columns: Sequence[str]) -> pa.Table:
-        import pyarrow as pa
         import pyarrow.dataset as ds
 
         full = schema()
         paths = list(self.files(wanted.start.astimezone(UTC).date() if wanted.start else None))
         if not paths:
             return full.empty_table().select(list(columns))
-        condition = ds.scalar(True)
-        if wanted.start is not None:
-            condition &= ds.field("created") >= pa.scalar(wanted.start, full.field("created").type)
-        if wanted.end is not None:
-            condition &= ds.field("created") < pa.scalar(wanted.end, full.field("created").type)
-        if wanted.model is not None:
-            condition &= ds.field("model") == wanted.model
-        if wanted.version is not None:
-            condition &= ds.field("model_version") == wanted.version
         try:
             found = ds.dataset(paths, schema=full, format="parquet", filesystem=self._store)
-            return _defaults(found.to_table(columns=list(columns), filter=condition))
+            return _defaults(found.to_table(columns=list(columns), filter=_condition(wanted)))
         except FileNotFoundError:
             raise
         except Exception as error:
@@ -226,6 +262,23 @@ class Archive:
             "check that the store can be reached and its credentials",
             away=True,
         )
+
+
+def _condition(wanted: Wanted) -> ds.Expression:
+    import pyarrow as pa
+    import pyarrow.dataset as ds
+
+    created = schema().field("created").type
+    condition = ds.scalar(True)
+    if wanted.start is not None:
+        condition &= ds.field("created") >= pa.scalar(wanted.start, created)
+    if wanted.end is not None:
+        condition &= ds.field("created") < pa.scalar(wanted.end, created)
+    if wanted.model is not None:
+        condition &= ds.field("model") == wanted.model
+    if wanted.version is not None:
+        condition &= ds.field("model_version") == wanted.version
+    return condition
 
 
 def _plain(name: str) -> type | None:

@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import compress, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from pydantic_core import from_json
 
 from regraft.data import capture_files
 from regraft.data.capture_archive import JSON, Archive, Wanted, begun, from_arrow, to_arrow
+from regraft.data.capture_streams import Begun, Seen, Sessions, microseconds
 from regraft.data.redaction import Redactor
 from regraft.data.spool import SpoolWriter, aware, records
+from regraft.errors import ConfigError
 from regraft.records import CapturedExchange
 from regraft.serve_sections import CaptureSection
 
 if TYPE_CHECKING:
     import pandas as pd
 
+E = TypeVar("E", CapturedExchange, Begun)
+#: Lines of the spool that are looked at together.
+_SOME = 1000
 #: Bytes after which a spool file is finished and another begun.
 MAX_BYTES = 64 * 2**20
 
@@ -103,7 +109,9 @@ class CaptureStore:
         """
         wanted = Wanted(start and aware(start), end and aware(end), model, version)
         # The spool first: what is shipped in between is found twice, and not missed.
-        found = {exchange.id: exchange for exchange in reversed(list(self._spooled(wanted)))}
+        found = {
+            exchange.id: exchange for exchange in reversed(list(self._spooled(CapturedExchange, wanted)))
+        }
         if self.archive is not None:
             table = Archive(self.archive).table(wanted, list(CapturedExchange.model_fields))
             for exchange in from_arrow(table):
@@ -138,7 +146,7 @@ class CaptureStore:
         columns = [*CapturedExchange.model_fields, "prompt_text"] if columns is None else list(columns)
         needed = [*{"id", "created", *columns, *(["messages"] if "prompt_text" in columns else [])}]
         needed = [name for name in needed if name != "prompt_text"]
-        found = to_arrow(self._spooled(wanted)).select(needed)
+        found = to_arrow(self._spooled(CapturedExchange, wanted)).select(needed)
         if self.archive is not None:
             found = pa.concat_tables([found, Archive(self.archive).table(wanted, needed)])
         table: pd.DataFrame = found.to_pandas()
@@ -150,7 +158,96 @@ class CaptureStore:
             table["prompt_text"] = [_prompt_text(messages) for messages in table["messages"]]
         return table[columns]
 
-    def _spooled(self, wanted: Wanted) -> Iterator[CapturedExchange]:
+    def stream(
+        self,
+        *,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        model: str | None = None,
+        version: int | None = None,
+    ) -> Iterator[CapturedExchange]:
+        """The exchanges that `read` gives, one after the other and in no promised order.
+
+        Of the archive a few thousand are in memory at a time, and of the spool the ids: 8 bytes each. An
+        exchange that was appended twice is given twice if both had been shipped; the endpoint never does so.
+
+        Args:
+            start: Leave out exchanges begun before this.
+            end: Leave out exchanges begun at this time or later.
+            model: Only this registered name.
+            version: Only this version.
+
+        Raises:
+            DataError: If a line of the spool is not an exchange.
+            ServiceError: If the archive cannot be read.
+        """
+        wanted = Wanted(start and aware(start), end and aware(end), model, version)
+        seen, files = Seen(), set[str]()
+        spooled = self._spooled(CapturedExchange, wanted, files)
+        while some := list(islice(spooled, _SOME)):
+            ids = [exchange.id for exchange in some]
+            yield from compress(some, seen.fresh(ids))
+            seen.add(ids)
+        if self.archive is None:
+            return
+        # What was read in the spool, and shipped since, is left out whole.
+        for part in Archive(self.archive).parts(wanted, list(CapturedExchange.model_fields), without=files):
+            found = from_arrow(part)
+            yield from compress(found, seen.fresh([exchange.id for exchange in found]))
+
+    def times(
+        self,
+        *,
+        every: timedelta,
+        most: int,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        model: str | None = None,
+        version: int | None = None,
+    ) -> list[tuple[datetime, str | None]]:
+        """When the first sessions of every interval began, oldest first: enough to close windows by.
+
+        A window that needs `most` sessions and closes at the end of an interval closes at the same one as if
+        it had been shown every exchange. Texts are not read, and no more is in memory than is returned. What
+        a shadow answered is left out, for nobody saw it.
+
+        Args:
+            every: The intervals begin at whole multiples of this since the Unix epoch.
+            most: Sessions that are kept of each interval.
+            start: Leave out exchanges begun before this.
+            end: Leave out exchanges begun at this time or later.
+            model: Only this registered name.
+            version: Only this version.
+
+        Returns:
+            The time of a session's first exchange in an interval, and the session; one without has None.
+
+        Raises:
+            ConfigError: If `every` or `most` is not positive.
+            DataError: If a line of the spool is not an exchange.
+            ServiceError: If the archive cannot be read.
+        """
+        import numpy as np
+
+        if every <= timedelta(0) or most < 1:
+            raise ConfigError(f"every and most must be positive, not {every} and {most}", "give larger ones")
+        wanted = Wanted(start and aware(start), end and aware(end), model, version)
+        sessions, files = Sessions(every, most), set[str]()
+        spooled = (one for one in self._spooled(Begun, wanted, files) if one.variant != "shadow")
+        while some := list(islice(spooled, _SOME)):
+            began = np.array([microseconds(begun(one)) for one in some], dtype=np.int64)
+            sessions.add(began, [one.session for one in some])
+        if self.archive is not None:
+            columns = ["created", "session"]
+            for part in Archive(self.archive).parts(wanted, columns, without=files, shadows=False):
+                sessions.add(
+                    part["created"].to_numpy().astype("datetime64[us]").astype(np.int64),
+                    part["session"].to_pylist(),
+                )
+        return sessions.listed()
+
+    def _spooled(self, kind: type[E], wanted: Wanted, files: set[str] | None = None) -> Iterator[E]:
+        """The wanted lines of the spool; the names of the files read, without their ending, go to `files`."""
         first = wanted.start.astimezone(UTC).date() if wanted.start else None
         for file in capture_files.spool_files(self.folder, first):
             try:
@@ -158,9 +255,11 @@ class CaptureStore:
             except FileNotFoundError:  # shipped after it was listed
                 continue
             with stream:
-                for exchange in exchanges(file, stream):
-                    if exchange is not None and wanted.takes(exchange, begun(exchange)):
-                        yield exchange
+                for one in records(file, stream, kind, "a captured exchange", "capture"):
+                    if one is not None and wanted.takes(one, begun(one)):
+                        yield one
+            if files is not None:
+                files.add(file.stem)
 
 
 def sampled(key: str, rate: float) -> bool:
