@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from regraft.records import DriftReport, Leaderboard, PromotionDecision
+from monitoring.timeline import (
+    COLUMNS,
+    clock,
+    evidence_words,
+    history_table,
+    quality_verdict,
+    quality_words,
+)
+from regraft.records import DriftReport, Leaderboard, PromotionDecision, RetrainDecision
 
 #: Soft wrapping keeps one message one line in files and pipes; links stay whole.
 console = Console(soft_wrap=True, highlight=False, force_terminal=sys.stdout.isatty())
@@ -110,13 +119,69 @@ def show_decision(decision: PromotionDecision) -> None:
     console.print(f"{decision.outcome}: {decision.reason}", markup=False)
 
 
-def show_drift(reports: Sequence[tuple[str, DriftReport]]) -> None:
-    """Print drift reports, one a row."""
+def show_drift(
+    reports: Sequence[tuple[str, DriftReport]], decisions: Mapping[str, RetrainDecision] | None = None
+) -> None:
+    """Print drift reports, one a row.
+
+    Args:
+        reports: With what each is called.
+        decisions: What was decided, by the id of the report.
+    """
     table = Table(title="Drift checks")
-    for name in ("window", "exchanges", "verdict", "p-value", "effect"):
-        table.add_column(name, justify="left" if name in {"window", "verdict"} else "right")
-    for title, report in reports:
-        p = "–" if report.p_value is None else f"{report.p_value:.4f}"
-        effect = "–" if report.effect is None else f"{report.effect:+.2f}"
-        table.add_row(title, str(report.rows), report.status, p, effect)
-    Console(width=max(console.width, 100)).print(table)
+    numbers = {"exchanges", "p-value", "effect", "evidence"}
+    for name in COLUMNS:
+        table.add_column(name, justify="right" if name in numbers else "left")
+    rows = history_table([r for _, r in reports], decisions, [title for title, _ in reports])
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    Console(width=max(console.width, 120)).print(table)
+
+
+def show_quality(report: DriftReport) -> None:
+    """Print the quality signals of a check, those that alarm in bold; nothing where there are none."""
+    if not report.quality:
+        return
+    table = Table(title=f"Quality of {report.model}/{report.model_version}")
+    words = {"signal", "verdict", "evidence"}
+    for name in ("signal", "window", "reference", "95 % interval", "count", "verdict", "evidence"):
+        table.add_column(name, justify="left" if name in words else "right")
+    for signal in report.quality:
+        interval = "–"
+        if signal.low is not None and signal.high is not None:
+            interval = " to ".join(quality_words(signal.name, b) for b in (signal.low, signal.high))
+        table.add_row(
+            _plain(signal.name),
+            quality_words(signal.name, signal.value),
+            quality_words(signal.name, signal.reference),
+            interval,
+            f"{signal.count:,}",
+            quality_verdict(report, signal),
+            evidence_words(report, signal.name),
+            style="bold" if signal.name in report.alarms else None,
+        )
+    Console(width=max(console.width, 120)).print(table)
+
+
+def show_attribution(report: DriftReport) -> None:
+    """Print what changed: topics and descriptors, before and now; nothing where it is not known."""
+    found = report.attribution
+    if found is None:
+        return
+    since = f" since {clock(found.since)} UTC" if found.since else ""
+    table = Table(title=f"What changed{since}: {found.where}")
+    for name in ("what", "side", "before", "now", "exchanges"):
+        table.add_column(name, justify="left" if name in {"what", "side"} else "right")
+    for topic in found.topics:
+        name = f"{'new: ' if topic.new else ''}{topic.name}"
+        shares = (f"{topic.reference_share:.1%}", f"{topic.window_share:.1%}")
+        table.add_row(_plain(name), f"{topic.side}s", *shares, f"{topic.count:,}")
+    for moved in found.descriptors:
+        means = (f"{moved.reference:.3g}", f"{moved.window:.3g}")
+        table.add_row(_plain(moved.name.replace("_", " ")), f"{moved.side}s", *means, "")
+    Console(width=max(console.width, 120)).print(table)
+
+
+def _plain(words: str) -> Text:
+    """Words as they are: neither rich's markup nor a terminal's escape codes, which users could have sent."""
+    return Text("".join(c if c.isprintable() else " " for c in words)[:200])

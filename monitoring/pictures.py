@@ -48,7 +48,14 @@ class _Time:
         return "".join(parts)
 
 
-def trend(curves: Sequence[tuple[str, Sequence[Mark]]], *, title: str, line: float, line_name: str) -> str:
+def trend(
+    curves: Sequence[tuple[str, Sequence[Mark]]],
+    *,
+    title: str,
+    line: float,
+    line_name: str,
+    most: float = math.inf,
+) -> str:
     """An SVG picture of values on a logarithmic scale against a line, about 420 by 230.
 
     Args:
@@ -56,11 +63,12 @@ def trend(curves: Sequence[tuple[str, Sequence[Mark]]], *, title: str, line: flo
         title: What is shown.
         line: Where something happens, above 0.
         line_name: What happens there.
+        most: No value is larger than this.
     """
     marks = [mark for _, points in curves for mark in points]
     values = [mark.value for mark in marks if mark.value > 0 and math.isfinite(mark.value)]
     low = math.floor(math.log10(min([*values, line])) - 0.15)
-    high = math.ceil(math.log10(max([*values, line])) + 0.15)
+    high = math.ceil(min(math.log10(max([*values, line])) + 0.15, math.log10(most)))
     time = _Time([mark.at for mark in marks])
 
     def y(value: float) -> float:

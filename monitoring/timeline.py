@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
+from monitoring.sequential import DRIFT, PROMPTS
 from regraft.records import DriftReport, QualitySignal, RetrainDecision
 
-#: Among the names of evidence: whether the answers drift. The others are quality signals.
-DRIFT = "drift"
 #: Columns of `history_table`.
 COLUMNS = ("window", "exchanges", "verdict", "p-value", "effect", "evidence", "alarms", "kind", "decision")
+
+_EVIDENCE = {DRIFT: "drift/evidence", PROMPTS: "drift/prompts_evidence"}
 
 
 class Point(NamedTuple):
@@ -35,9 +36,9 @@ def metric_points(report: DriftReport) -> tuple[Point, ...]:
         report: Of the check. One without an end of its window has no place in time and gives no points.
 
     Returns:
-        `drift/p_value`, `drift/effect`, `drift/evidence`, `drift/rows` and `drift/alarm` (0 or 1); for each
-        quality signal `quality/<name>` and, where there is one, its reference and its evidence. What was not
-        computed is left out.
+        `drift/p_value`, `drift/effect`, `drift/evidence`, `drift/prompts_evidence`, `drift/rows` and
+        `drift/alarm` (0 or 1); for each quality signal `quality/<name>`, `quality/<name>_reference` and
+        `quality/<name>_evidence`. What was not computed is left out.
     """
     end = instant(report.window_end)
     if end is None:
@@ -49,7 +50,7 @@ def metric_points(report: DriftReport) -> tuple[Point, ...]:
         "drift/alarm": float(bool(report.alarms)),
     }
     for name, evidence in report.evidence.items():
-        values["drift/evidence" if name == DRIFT else f"quality/{name}_evidence"] = evidence.value
+        values[_EVIDENCE.get(name, f"quality/{name}_evidence")] = evidence.value
     for signal in report.quality:
         values[f"quality/{signal.name}"] = signal.value
         values[f"quality/{signal.name}_reference"] = signal.reference
@@ -62,13 +63,13 @@ def metric_points(report: DriftReport) -> tuple[Point, ...]:
 
 
 def alarm_line(report: DriftReport, name: str) -> float | None:
-    """The evidence at which `name` alarms: the average run length, for quality signals times their number.
+    """The evidence at which `name` alarms; None where the report does not say the average run length.
 
-    None where the report does not say the run length. See `monitoring.check`.
+    A quality signal's is as many times that as there are signals: see `monitoring.check`.
     """
     if report.arl is None:
         return None
-    return report.arl if name == DRIFT else report.arl * max(1, len(report.quality))
+    return report.arl if name in _EVIDENCE else report.arl * max(1, len(report.quality))
 
 
 def evidence_share(report: DriftReport, name: str) -> float | None:
@@ -105,7 +106,7 @@ def history_table(
                 report.status,
                 "–" if report.p_value is None else f"{report.p_value:.4f}",
                 "–" if report.effect is None else f"{report.effect:+.2f}",
-                evidence_words(report, DRIFT),
+                _strongest(report),
                 ", ".join(report.alarms) or "–",
                 report.kind.replace("_", " ") if report.kind else "–",
                 decision.action.replace("_", " ") if decision else "–",
@@ -120,6 +121,14 @@ def evidence_words(report: DriftReport, name: str) -> str:
     if evidence is None:
         return "–"
     return _short(evidence.value) + (f" of {_short(line)}" if line is not None else "")
+
+
+def _strongest(report: DriftReport) -> str:
+    """The evidence that is nearest to its alarm, named unless it is that of the answers."""
+    if not report.evidence:
+        return "–"
+    name = max(report.evidence, key=lambda n: (evidence_share(report, n) or 0.0, n == DRIFT))
+    return ("" if name == DRIFT else f"{name} ") + evidence_words(report, name)
 
 
 def quality_words(name: str, value: float | None) -> str:

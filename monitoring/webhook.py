@@ -25,7 +25,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr
 
-from monitoring.timeline import DRIFT, evidence_words, quality_words
+from monitoring.sequential import DRIFT
+from monitoring.timeline import evidence_words, quality_words
 from regraft.config import WebhookSection
 from regraft.errors import ConfigError
 from regraft.records import DecisionOutcome, DriftReport, Record, RetrainDecision, content_hash
