@@ -3,8 +3,8 @@
 Windows are held against one frozen reference again and again. A test that is exact for one window is not so
 for many: a reference that came out lucky makes every later window look a little worse, and an e-detector
 adds that up. So each p-value here also holds given the reference, against a bound of what the reference's
-true value may be: for 99 of 100 references (`CONFIDENCE`) all checks to come are valid however many there
-are. Where a test that is exact over both samples exists the larger of the two p-values is given.
+true value may be: for 99 of 100 references (`CONFIDENCE`) all checks to come are valid, however many there
+are. The larger of that and of the test that is exact over both samples is given.
 
 Observations are taken to be independent: callers give one of each session.
 """
@@ -26,8 +26,10 @@ LEVEL = 0.95
 LEAST = 1e-15
 #: The quantile that `quantile_p` and `quantile_interval` are about.
 QUANTILE = 0.95
-#: What share of the most that may be betted is betted. The mean over many bets is as valid as one of them.
-_BETS = np.geomspace(0.01, 0.99, 24)
+#: Random permutations of scores: the smallest p-value is one over one more.
+PERMUTATIONS = 9_999
+#: Steps of the grid that scores are rounded to.
+_GRID = 64
 
 
 def rate_p(bad: int, of: int, reference_bad: int, reference_of: int) -> float:
@@ -89,54 +91,63 @@ def quantile_interval(values: Sequence[float]) -> tuple[float | None, float | No
     return (ordered[low - 1] if low >= 1 else None), (ordered[high - 1] if high <= len(ordered) else None)
 
 
-def mean_p(values: Sequence[float], reference: Sequence[float], least: float, most: float) -> float:
-    """That a mean is lower than the reference's, one-sided, for values that lie in bounds.
+def mean_p(values: Sequence[float], reference: Sequence[float]) -> float:
+    """That a mean is lower than the reference's, one-sided, for scores of any scale.
 
-    One over the wealth of bets that the mean is below the reference's lower bound (Waudby-Smith and Ramdas,
-    arXiv:2010.09686, with fixed bets): valid for any distribution in the bounds, and the less the values
-    vary the sharper.
+    Where there are but two scores, such as thumbs up and down, `rate_p` of the lower one. Otherwise the
+    larger p-value of two permutation tests: with the reference as it is, which is exact, and with it lowered
+    by what its mean may be too high (Student's t at `CONFIDENCE`), which is nearly so given the reference.
 
-    Args:
-        values: Of the window.
-        reference: Of the reference.
-        least: No value is lower.
-        most: No value is higher.
+    Raises:
+        ValueError: If there are fewer than two values of either.
     """
-    floor = mean_bound(reference, least, most, CONFIDENCE)
-    if floor <= least:  # nothing lies below it
-        return 1.0
-    # From above: that the mirrored mean is higher than the mirrored floor.
-    return _kept(math.exp(-max(0.0, _wealth(most - np.asarray(values, dtype=float), most - floor))))
+    from scipy.stats import t
+
+    now, before = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
+    if min(len(now), len(before)) < 2:
+        raise ValueError("a mean is tested on two values or more of either side")
+    levels = np.unique(np.concatenate([now, before]))
+    if len(levels) <= 2:
+        if len(levels) == 1:
+            return 1.0
+        worst = levels[0]
+        return rate_p(int((now == worst).sum()), len(now), int((before == worst).sum()), len(before))
+    margin = float(t.ppf(CONFIDENCE, len(before) - 1) * before.std(ddof=1) / math.sqrt(len(before)))
+    return max(_permuted(now, before), _permuted(now, before - margin))
 
 
-def mean_interval(values: Sequence[float], least: float, most: float) -> tuple[float, float]:
-    """Interval of a mean of values in bounds, by the same bets."""
-    level = (1 + LEVEL) / 2
-    low = mean_bound(values, least, most, level)
-    high = -mean_bound([-value for value in values], -most, -least, level)
-    return low, high
+def mean_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Interval of a mean: Clopper-Pearson's for two scores, else Student's; None for a single value."""
+    from scipy.stats import t
+
+    levels = sorted(set(values))
+    if len(levels) == 2:
+        low, high = rate_interval(sum(value == levels[1] for value in values) / len(values), len(values))
+        span = levels[1] - levels[0]
+        return levels[0] + low * span, levels[0] + high * span
+    if len(values) < 2:
+        return None, None
+    found = np.asarray(values, dtype=float)
+    half = float(t.ppf((1 + LEVEL) / 2, len(found) - 1) * found.std(ddof=1) / math.sqrt(len(found)))
+    return float(found.mean()) - half, float(found.mean()) + half
 
 
-def mean_bound(values: Sequence[float], least: float, most: float, confidence: float) -> float:
-    """Lower bound of the mean of values in bounds: the lowest mean that the bets do not rule out."""
-    above = np.asarray(values, dtype=float) - least
-    low, high = 0.0, float(above.mean())
-    wanted = -math.log(1 - confidence)
-    for _ in range(40):
-        middle = (low + high) / 2
-        if middle <= 0:
-            break
-        low, high = (middle, high) if _wealth(above, middle) >= wanted else (low, middle)
-    return least + min(low, most - least)
+def _permuted(values: Floats, reference: Floats) -> float:
+    """Permutation test of the sum over the window, of values rounded to a grid of both sides' range.
 
-
-def _wealth(above: Floats, mean: float) -> float:
-    """Log of what bets on a mean higher than `mean`, of values from 0 up, have come to."""
-    found, counts = np.unique(above, return_counts=True)
-    # At most all but 1 % is lost at a value of 0: no bet can be ruined.
-    logs = counts @ np.log1p(_BETS[None, :] * (found[:, None] / mean - 1.0))
-    most = float(logs.max())
-    return most + math.log(float(np.exp(logs - most).mean()))
+    Rounded values are as exchangeable as the values are, and so few that a permutation is one draw of how
+    many of each the window gets.
+    """
+    both = np.concatenate([values, reference])
+    low, span = float(both.min()), float(np.ptp(both))
+    grid = np.rint((both - low) / span * _GRID).astype(np.int64) if span else np.zeros(len(both), np.int64)
+    levels, place = np.unique(grid, return_inverse=True)
+    counts = np.bincount(place)
+    draws = np.random.default_rng(0).multivariate_hypergeometric(
+        counts, len(values), size=PERMUTATIONS, method="marginals"
+    )
+    as_low = int((draws @ levels <= int(grid[: len(values)].sum())).sum())
+    return _kept((1 + as_low) / (1 + PERMUTATIONS))
 
 
 def _kept(p_value: float) -> float:

@@ -17,7 +17,7 @@ LOOP_SHARE = 0.5
 #: Shorter texts are not called loops: in words, or in characters where there are fewer words.
 LOOP_WORDS, LOOP_CHARACTERS = 12, 60
 #: Nobody waited for the end of such an answer: its text says nothing of the model.
-_UNFINISHED = frozenset({"aborted", "withdrawn"})
+UNFINISHED = frozenset({"aborted", "withdrawn"})
 _REFUSAL = Refusal()
 
 
@@ -67,7 +67,7 @@ def marks(exchanges: Sequence[CapturedExchange]) -> dict[str, tuple[dict[str, bo
 
     What failed is an error and nothing else; of answers that nobody waited for the text is not looked at.
     """
-    whole = [e for e in exchanges if not failed(e) and e.finish_reason not in _UNFINISHED]
+    whole = [e for e in exchanges if not failed(e) and e.finish_reason not in UNFINISHED]
     return {
         "error_rate": ({e.id: failed(e) for e in exchanges}, "failed requests"),
         **{name: ({e.id: bad(e.output) for e in whole}, what) for name, (bad, what) in TEXT_RATES.items()},

@@ -102,12 +102,11 @@ def quality_signals(
     ):
         if times:
             signals.append(_percentile(name, measures.one_each(times, units), reference, settings))
-    low, high = min((0.0, *baseline.scores)), max((1.0, *baseline.scores))
     means = (
-        _Mean("feedback_score", "feedback, -1 to 1", baseline.feedback, settings.feedback_drop, -1.0, 1.0),
+        _Mean("feedback_score", "feedback, -1 to 1", baseline.feedback, settings.feedback_drop),
         _Mean("reference_score", "scores on references that came later", baseline.scores,
-              settings.reference_drop, low, high),
-        _Mean("judge_score", "verdicts of the judge, 0 to 1", baseline.judge, settings.judge_drop, 0.0, 1.0),
+              settings.reference_drop),
+        _Mean("judge_score", "verdicts of the judge, 0 to 1", baseline.judge, settings.judge_drop),
     )  # fmt: skip
     given = (measures.feedback_scores(feedback, units), late_scores, judged)
     signals += [
@@ -167,14 +166,12 @@ def by_segment(
 
 
 class _Mean(NamedTuple):
-    """A score whose mean is looked at: what it was, how far it may drop, and what its values lie between."""
+    """A score whose mean is looked at: what it was, and how far it may drop."""
 
     name: str
     what: str
     reference: tuple[float, ...]
     drop: float
-    low: float
-    high: float
 
 
 def _count(marks: Mapping[str, bool], units: Mapping[str, str]) -> Count:
@@ -238,23 +235,22 @@ def _percentile(
 
 
 def _mean(of: _Mean, scores: Mapping[str, float], units: Mapping[str, str], min_count: int) -> QualitySignal:
-    # A metric without bounds is held to the reference's own: what goes beyond tells no more.
-    values = [min(max(v, of.low), of.high) for v in measures.unit_means(scores, units)]
+    values = measures.unit_means(scores, units)
     value = sum(values) / len(values)
     reference = sum(of.reference) / len(of.reference) if of.reference else None
-    tested = len(values) >= min_count and bool(of.reference)
-    low, high = exact.mean_interval(values, of.low, of.high)
+    tested = len(values) >= min_count and len(of.reference) >= 2
+    low, high = exact.mean_interval(values)
     return QualitySignal(
         name=of.name,
         value=value,
         reference=reference,
         count=len(scores),
-        p_value=exact.mean_p(values, of.reference, of.low, of.high) if tested else None,
+        p_value=exact.mean_p(values, of.reference) if tested else None,
         worse=reference is not None and value < reference - of.drop,
         low=low,
         high=high,
         detail=f"{of.what}: {len(scores)}{_of_units(len(values), len(scores))}, against "
-        f"{len(of.reference)} of the reference (bounded-mean test){_untested(len(values), min_count)}",
+        f"{len(of.reference)} of the reference (permutation test){_untested(len(values), min_count)}",
     )
 
 
