@@ -194,7 +194,7 @@ def message_id(event: Event, payload: Payload) -> str:
         return content_hash([event, payload.decision.id])
     if event == "outcome" and payload.outcome is not None:
         return content_hash([event, payload.outcome.decision_id, payload.outcome.status])
-    raise ValueError(f"a message of {event!r} needs a {'report' if event == 'alarm' else event}")
+    raise ValueError(f"the payload lacks the record of {event!r}")
 
 
 def _body(event: Event, message: str, payload: Payload) -> bytes:
