@@ -18,7 +18,6 @@ from regraft.records import (
     DecisionOutcome,
     DriftReport,
     Evidence,
-    QualitySignal,
     RetrainDecision,
     Shown,
     TopicChange,
@@ -149,20 +148,22 @@ def test_a_report_cut_short_is_no_report_until_it_is_logged_again(
 
 
 def test_the_curves_of_a_version_are_one_run_and_a_check_logged_twice_is_one_point(ledger: Ledger) -> None:
-    signal = QualitySignal(name="refusal_rate", value=0.1)
-    first, second = report("r1", 5, quality=(signal,)), report("r2", 6, p_value=0.02)
-    for given in (second, first, first):
-        ledger.log_report(given, None)
-    ledger.log_report(report("r3", 7, model_version=3), None)
-    two = next(r for r in runs(ledger, "monitor") if r.data.tags["monitored"] == "bot/2")
-    assert len(runs(ledger, "monitor")) == 2
-    history = MlflowClient(ledger.uri).get_metric_history(two.info.run_id, "p_value")
-    assert sorted((m.step, m.value) for m in history) == [(5, 0.4), (6, 0.02)]
-    assert {m.timestamp for m in history} == {
-        int(datetime.fromisoformat(r.window_end).timestamp() * 1000) for r in (first, second)
+    points = {
+        name: [
+            ("drift/p_value", value, step, step * 60_000),
+            ("quality/refusal_rate", 0.1, step, step * 60_000),
+        ]
+        for name, value, step in (("r1", 0.4, 5), ("r2", 0.02, 6))
     }
-    assert two.data.metrics["evidence/drift"] == 1.5
-    assert two.data.metrics["quality/refusal_rate"] == 0.1
+    for name in ("r2", "r1", "r1"):
+        ledger.log_report(report(name), None, points[name])
+    ledger.log_report(report("r3", 7, model_version=3), None, points["r1"])
+    ledger.log_report(report("r4", 8), None)
+    assert {r.data.tags["monitored"] for r in runs(ledger, "monitor")} == {"bot/2", "bot/3"}
+    two = next(r for r in runs(ledger, "monitor") if r.data.tags["monitored"] == "bot/2")
+    history = MlflowClient(ledger.uri).get_metric_history(two.info.run_id, "drift/p_value")
+    assert sorted((m.step, m.value, m.timestamp) for m in history) == [(5, 0.4, 300_000), (6, 0.02, 360_000)]
+    assert two.data.metrics == {"drift/p_value": 0.02, "quality/refusal_rate": 0.1}
 
 
 def test_what_users_wrote_is_in_the_report_alone(ledger: Ledger, tmp_path: Path) -> None:
@@ -247,6 +248,7 @@ def test_examples_count_as_seen_once_a_retraining_with_them_came_to_a_verdict(le
 
 def test_the_tracker_writes_into_the_same_ledger(ledger: Ledger) -> None:
     tracker = Tracker(ledger.uri, ledger.experiment)
+    assert (Ledger(tracker).uri, Ledger(tracker).experiment) == (ledger.uri, ledger.experiment)
     run_id = tracker.log_drift(report(), None)
     tracker.log_decision(run_id, decision())
     assert ledger.latest("bot", 2, "ref") == report(run_id=run_id)

@@ -29,12 +29,26 @@ _TEXT_CHARACTERS = 1500
 #: Reports are read so many at once.
 _READERS = 8
 
+#: Name, value, step, and milliseconds since the epoch: the same point logged twice is one.
+Point = tuple[str, float, int, int]
+
 
 class Ledger(TrackedExperiment):
-    """Checks, decisions and outcomes of one MLflow experiment."""
+    """Checks, decisions and outcomes of one MLflow experiment.
+
+    Args:
+        at: What is tracked there already, or the URL of the MLflow server.
+        experiment: Name of the experiment, beside a URL.
+    """
+
+    def __init__(self, at: TrackedExperiment | str, experiment: str = "") -> None:
+        if isinstance(at, TrackedExperiment):
+            super().__init__(at.uri, at.experiment)
+        else:
+            super().__init__(at, experiment)
 
     @guarded
-    def log_report(self, report: DriftReport, html: Path | None) -> str:
+    def log_report(self, report: DriftReport, html: Path | None, points: Iterable[Point] = ()) -> str:
         """Log a check, whatever it found, as a run of its own; the same report twice is one run.
 
         The tags come last: what has them is whole. What users wrote is in `report.html` and in the examples
@@ -43,6 +57,7 @@ class Ledger(TrackedExperiment):
         Args:
             report: What the check saw.
             html: The page for people, if there is one.
+            points: What the check adds to the curves of its version, which are one run for all checks.
 
         Returns:
             The id of the run.
@@ -54,8 +69,7 @@ class Ledger(TrackedExperiment):
             self._client.log_text(run_id, html.read_text(encoding="utf-8"), PAGE_FILE)
         kept = report.model_copy(update={"run_id": run_id})
         self._client.log_text(run_id, to_json(kept), REPORT_FILE)
-        if report.window_end:
-            self._log_points(report)
+        self._log_points(report, points)
         tags = {
             "model": report.model,
             "model_version": str(report.model_version),
@@ -247,22 +261,13 @@ class Ledger(TrackedExperiment):
     def _report(self, run: Run) -> DriftReport:
         return DriftReport.model_validate(self._read_json(run.info.run_id, REPORT_FILE))
 
-    def _log_points(self, report: DriftReport) -> None:
-        """Log a check as the next point of its version's curves.
-
-        A point has the time at which its window ended, so that the same one again changes nothing.
-        """
+    def _log_points(self, report: DriftReport, points: Iterable[Point]) -> None:
+        metrics = [Metric(name, value, when, step) for name, value, step, when in points]
+        if not metrics:
+            return
         served = f"{report.model}/{report.model_version}"
         run = self._first({"role": "monitor", "monitored": served}, f"monitor {served}", {})
-        step = max((e.checks for e in report.evidence.values()), default=0)
-        values = _figures(report)
-        values |= {f"evidence/{name}": e.value for name, e in report.evidence.items()}
-        values |= {f"growth/{name}": e.growth for name, e in report.evidence.items()}
-        values |= {f"quality/{q.name}": q.value for q in report.quality if q.value is not None}
-        when = _ended(report)
-        self._client.log_batch(
-            run.info.run_id, metrics=[Metric(key, value, when, step) for key, value in values.items()]
-        )
+        self._client.log_batch(run.info.run_id, metrics=metrics)
         if run.info.status == "RUNNING":
             self._client.set_terminated(run.info.run_id)
 

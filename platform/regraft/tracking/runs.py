@@ -94,6 +94,19 @@ class Tracker(Results):
         return spent, frozenset(run.data.tags.get("trial_key", "") for run in trials)
 
     @guarded
+    def spent_on(self, params: dict[str, str]) -> list[tuple[dict[str, Any], list[TrialResult]]]:
+        """What sweeps with these parameters took, as `save_spent` kept it, and their trials' records."""
+        wanted = [f"params.{key} = '{value}'" for key, value in params.items()]
+        found = []
+        for run in self._search({"role": "sweep"}, *wanted):
+            trials = self._search({"role": "trial", "sweep": run.data.tags["sweep"]})
+            ended = [t for t in trials if t.info.status != "RUNNING"]
+            records = (self._record(t.info.run_id) for t in ended)
+            spent: dict[str, Any] = json.loads(run.data.tags.get("spent", "{}"))
+            found.append((spent, [record for record in records if record is not None]))
+        return found
+
+    @guarded
     def end_sweep(self, run_id: str, status: str) -> None:
         """End the run of a sweep that did not come to a leaderboard: `FAILED` or `KILLED`."""
         self._client.set_terminated(run_id, status)
