@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from monitoring.kept import kept, key_of
 from monitoring.languages import LANGUAGES, languages
+from monitoring.tone import Embed, tones
+from regraft.evals.base import Answer
+from regraft.evals.grounding import Grounding
 
 #: Column name to what it is called in a sentence.
 DESCRIPTORS: dict[str, str] = {
@@ -33,6 +38,16 @@ MORE: dict[str, str] = {
     **{f"language_{code}": f"share in {name}" for code, name in LANGUAGES.items()},
     "language_unknown": "share in no language that was recognised",
 }
+#: What `describe_full` has beside those: how a text speaks, and what an answer has to do with its prompt.
+FULL: dict[str, str] = {
+    "tone": "tone, from unkind to kind",
+    "ungrounded_numbers": "share of numbers that the prompt does not have",
+    "ungrounded_names": "share of names that the prompt does not have",
+    "logprob": "mean log-probability of a token, in nats",
+}
+#: Raised whenever `describe_more` changes: rows that were kept are made anew.
+FORM_VERSION = 1
+_GROUNDED = tuple(output.name for output in Grounding.outputs)
 _REFUSAL = (
     r"(?i)\b(?:i(?:['\u2019]m| am) (?:sorry|unable|not able)|i apologi[sz]e|as an ai\b"
     r"|i (?:can(?:not|['\u2019]t)|could not|couldn['\u2019]t) (?:help|assist|answer|provide|comply|do that))"
@@ -108,7 +123,67 @@ def describe_sides(prompts: Sequence[str | None], outputs: Sequence[str | None])
     )
 
 
+def describe_full(
+    prompts: Sequence[str | None],
+    answers: Sequence[str | None],
+    *,
+    embed: Embed | None = None,
+    logprobs: Sequence[float | None] | None = None,
+    cache: Path | None = None,
+) -> pd.DataFrame:
+    """Describe exchanges in full, for reports and attribution.
+
+    Args:
+        prompts: What was asked; None counts as empty.
+        answers: What was answered to each.
+        embed: Gives texts their vectors, for the tone; without it there are no columns of tone.
+        logprobs: Mean log-probability of a token of each answer, None where it is not known; without it
+            there is no column of it.
+        cache: Folder that keeps rows between processes.
+
+    Returns:
+        A row for each exchange in the order given; columns `prompt_<name>` and `answer_<name>`, see
+        `in_words`. All are finite but `answer_logprob`, which is NaN where it is not known.
+
+    Raises:
+        ValueError: If there are not as many answers (or log-probabilities) as prompts.
+        DataError: If the cache cannot be read.
+        ModelError: If the embedding model cannot be had.
+    """
+    asked, told = ([text or "" for text in side] for side in (prompts, answers))
+    if len(asked) != len(told) or (logprobs is not None and len(logprobs) != len(told)):
+        raise ValueError(f"{len(asked)} prompts, but {len(told)} answers or other log-probabilities")
+    sides = {"prompt": asked, "answer": told}
+    frames = [_form(texts, cache).add_prefix(f"{side}_") for side, texts in sides.items()]
+    grounding = Grounding()
+
+    def grounded(places: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        scores = [grounding.score(Answer(told[i], prompt=asked[i])) for i in places]
+        return np.array([[score[name] for name in _GROUNDED] for score in scores], dtype=np.float64)
+
+    keys = [key_of(*pair) for pair in zip(asked, told, strict=True)]
+    rows = kept(cache, f"grounding_{Grounding.version}", len(_GROUNDED), keys, grounded)
+    frames.append(pd.DataFrame(rows, columns=list(_GROUNDED)).add_prefix("answer_"))
+    if embed is not None:
+        frames.append(pd.DataFrame({f"{side}_tone": tones(texts, embed) for side, texts in sides.items()}))
+    if logprobs is not None:
+        known = [np.nan if value is None else value for value in logprobs]
+        frames.append(pd.DataFrame({"answer_logprob": np.array(known, dtype=np.float64)}))
+    return pd.concat(frames, axis=1)
+
+
+def _form(texts: Sequence[str], cache: Path | None) -> pd.DataFrame:
+    """`describe_more`, each distinct text once."""
+    names = [*DESCRIPTORS, *MORE]
+    keys = [key_of(text) for text in texts]
+
+    def make(places: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        return describe_more([texts[i] for i in places])[names].to_numpy(dtype=np.float64)
+
+    return pd.DataFrame(kept(cache, f"form_{FORM_VERSION}", len(names), keys, make), columns=names)
+
+
 def in_words(column: str) -> str:
-    """What a column of `describe_sides`, or of `describe_more` with its side, is called in a sentence."""
+    """What a column with its side, such as `prompt_words` or `answer_tone`, is called in a sentence."""
     side, _, name = column.partition("_")
-    return f"{(DESCRIPTORS | MORE)[name]} of {side}s"
+    return f"{(DESCRIPTORS | MORE | FULL)[name]} of {side}s"
