@@ -25,6 +25,7 @@ def worse_segments(
     *,
     feedback: Sequence[Feedback] = (),
     cache: Path | None = None,
+    detector: Calibrated | None = None,
 ) -> tuple[str, ...]:
     """Names of the reference's topics whose quality fell, significantly and by more than is allowed.
 
@@ -38,6 +39,7 @@ def worse_segments(
         settings: How much worse is worse; `alpha` is shared by all topics and measures.
         feedback: On any answers.
         cache: Folder that keeps embeddings between processes.
+        detector: Embeds and finds topics; the calibrated one by the settings of `detector`, if not given.
 
     Raises:
         DataError: If the reference is too small to have topics.
@@ -46,12 +48,13 @@ def worse_segments(
     asked = [e for e in exchanges if e.prompt_text.strip()]
     if not asked:
         return ()
-    given = {k: v for k, v in settings.detector.items() if k in ("embedding_model", "topics", "seed")}
-    detector = Calibrated.model_validate(given | {"side": "prompts", "cache": cache})
-    frozen = detector.frozen(reference)
+    if detector is None:
+        given = {k: v for k, v in settings.detector.items() if k in ("embedding_model", "topics", "seed")}
+        detector = Calibrated.model_validate(given | {"cache": cache})
+    frozen, embed = detector.model_copy(update={"side": "prompts"}).frozen(reference), detector.embed
 
     def topics(texts: Sequence[str]) -> list[int]:
-        return [int(topic) for topic in frozen.features(detector.embed(texts)).topics]
+        return [int(topic) for topic in frozen.features(embed(texts)).topics]
 
     of_reference = topics([row.prompt for row in reference])
     members: dict[int, list[Row]] = {}
