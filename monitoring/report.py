@@ -286,14 +286,5 @@ def _quality(report: DriftReport) -> str:
                 signal.detail,
             )
         )
-    heads = [
-        "signal",
-        "this window",
-        "reference",
-        "95 % interval",
-        "count",
-        "verdict",
-        "evidence",
-        "compared",
-    ]
-    return markup.table(heads, rows)
+    heads = ["signal", "verdict", "this window", "reference", "95 % interval", "count"]
+    return markup.table([*heads, "evidence", "compared"], rows)

@@ -64,6 +64,7 @@ def test_the_decision_stands_before_what_it_rests_on(tmp_path):
         "Facts",
         "The evidence over time",
         "Topics, before and now",
+        "signal verdict this window reference 95 % interval count evidence compared",
         "refusal rate worse in this window 20.0% 2.0% 16.0% to 24.0%",
         "feedback score too few to test",
     ]
