@@ -106,8 +106,9 @@ def topic_names(classes: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """Name classes of texts by the terms that tell each from the others, all names different.
 
     Class-based TF-IDF (Grootendorst, 2022) over shares of texts: a term counts by the share of the class's
-    texts that have it, times the logarithm of how rare it is over all classes alike. What every class says,
-    in whatever language, falls out without a list of stop words.
+    texts that have it, times the square of the logarithm of how rare it is over all classes alike: not
+    squared, small classes were named "how" and "my". What every class says, in whatever language, falls out
+    without a list of stop words.
     """
     shares = [_shares(texts) for texts in classes]
     total: Counter[str] = Counter()
@@ -118,7 +119,7 @@ def topic_names(classes: Sequence[Sequence[str]]) -> tuple[str, ...]:
         # A term of one text alone says nothing of a class of many.
         least = 1.5 / len(texts) if len(texts) >= MIN_TEXTS else 0.0
         score = {
-            term: value * float(np.log((1 + len(classes)) / total[term]))
+            term: value * float(np.log((1 + len(classes)) / total[term])) ** 2
             for term, value in share.items()
             if value >= least
         }
