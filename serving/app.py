@@ -56,7 +56,7 @@ _ENVIRONMENT = {
 def _application(settings: EndpointSettings, handle: DeploymentHandle[Any]) -> FastAPI:
     from regraft.tracking.registry import Registry
 
-    engines = RemoteEngines(handle)
+    engines = RemoteEngines(handle, settings.serve)
     registry = Registry(settings.tracking_uri, settings.cache)
     return create_gateway(settings, registry, engines.load, engines.keep)
 
@@ -147,7 +147,7 @@ def build_app(settings: EndpointSettings | dict[str, Any]) -> Application:
             "runtime_env": {"env_vars": _ENVIRONMENT},
         },
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=section.request_timeout_seconds,
+        graceful_shutdown_timeout_s=section.request_timeout_seconds + _LEAVE_SECONDS,
         **replicas,
     )
     listens = section.ingress == "gateway"

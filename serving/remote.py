@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import (
@@ -27,6 +28,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
+from regraft.config import ServeSection
 from regraft.records import ModelVersion
 from serving.engines.base import (
     EngineClosedError,
@@ -38,8 +40,11 @@ from serving.engines.base import (
     TextDelta,
 )
 from serving.engines.rows import OwnEngine
-from serving.replica import Failed, Prepared, Said
+from serving.intake import Address
+from serving.lines import LineLostError, Lines
+from serving.replica import Prepared
 from serving.shelf import UnavailableError
+from serving.wire import VERSION, Failed, Said
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +54,12 @@ logger = logging.getLogger(__name__)
 #: How often a request that has said nothing yet is asked of another replica.
 _TRIES = 4
 #: A replica that Ray ends for its memory is no RayActorError.
-_LOST = (RayActorError, ReplicaUnavailableError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+_LOST = (
+    *(RayActorError, ReplicaUnavailableError, OutOfMemoryError, NodeDiedError, WorkerCrashedError),
+    LineLostError,
+)
+#: How often new replicas are looked for, and how often while one is missing.
+_LOOK_SECONDS, _LOOK_SOON_SECONDS = 2.0, 0.2
 
 
 class RemoteStream(Stream):
@@ -93,13 +103,16 @@ class RemoteStream(Stream):
 
     async def _more(self) -> Said:
         while True:
-            if self._response is None:
-                self._tries += 1
-                self._response = self._ask()
             try:
+                if self._response is None:
+                    self._tries += 1
+                    self._response = self._ask()
                 said: Said = await anext(self._response)
             except StopAsyncIteration:
                 raise EngineError(f"{self._who}: the answer ended before its end") from None
+            except QueueFullError:
+                self._over = True
+                raise
             except BackPressureError as error:
                 self._over = True
                 raise QueueFullError("as many requests wait as may wait; try again later") from error
@@ -127,8 +140,7 @@ class RemoteEngine(OwnEngine):
         version: The version.
         prepared: What the replicas say of it.
         tokenizer: Its base's.
-        handle: Of the deployment, for streams of `generate`.
-        kept: Tells which versions have a role.
+        ask: Begins to ask a replica for an answer with a version.
     """
 
     def __init__(
@@ -136,36 +148,53 @@ class RemoteEngine(OwnEngine):
         version: ModelVersion,
         prepared: Prepared,
         tokenizer: PreTrainedTokenizerBase,
-        handle: DeploymentHandle[Any],
-        kept: Callable[[], tuple[int, ...]],
+        ask: Callable[[int, GenerationRequest], Any],
     ) -> None:
         super().__init__(tokenizer, threading.Lock())
         self.context_length, self.vocabulary = prepared.context_length, prepared.vocabulary
-        self._version, self._handle, self._kept = version, handle, kept
+        self._version, self._ask = version, ask
 
     def submit(self, request: GenerationRequest) -> Stream:
         """Take on a request; that as many wait as may wait shows when the stream is read."""
-        return RemoteStream(
-            lambda: self._handle.remote(self._version.version, request, self._kept()),
-            self._version.served_id,
-        )
+        return RemoteStream(lambda: self._ask(self._version.version, request), self._version.served_id)
 
     def close(self) -> None:
         """Do nothing: the replicas let a version go when they want its place."""
 
 
 class RemoteEngines:
-    """Loads versions on all replicas of the engine deployment.
+    """Loads versions on all replicas of the engine deployment, and asks them.
+
+    Replicas of this machine are asked over sockets of their own, as long as all of them can be.
 
     Args:
         handle: Of the deployment.
+        section: Of the endpoint; without it all goes through the handle.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], section: ServeSection | None = None) -> None:
         self._handle = handle
         self._generate = handle.options(method_name="generate", stream=True)
         self._kept: tuple[int, ...] = ()
         self._telling: set[asyncio.Task[None]] = set()
+        self._lines: Lines | None = None
+        if section is not None and section.direct:
+            self._lines = Lines(section.max_batch, section.max_queued, self._missed)
+            self._wanted = section.min_replicas
+        self._all_direct = False
+        self._why_not = ""
+        self._missing = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
+
+    def ask(self, number: int, request: GenerationRequest) -> Any:
+        """Begin to ask a replica.
+
+        Raises:
+            QueueFullError: If as many requests wait as may wait.
+        """
+        if self._lines is not None and self._all_direct and self._lines.open:
+            return self._lines.ask(number, request, self._kept)
+        return self._generate.remote(number, request, self._kept)
 
     async def load(self, version: ModelVersion) -> RemoteEngine:
         """Have a version loaded on every replica that runs; those that come later load it by themselves.
@@ -192,7 +221,10 @@ class RemoteEngines:
                 if isinstance(result, BaseException):
                     raise _unavailable(version, result)
                 found.append(result)
-        return RemoteEngine(version, found[-1], tokenizer, self._generate, lambda: self._kept)
+        if self._lines is not None and self._looking is None:
+            await self._look(self._lines)
+            self._looking = asyncio.get_running_loop().create_task(self._look_on(self._lines))
+        return RemoteEngine(version, found[-1], tokenizer, self.ask)
 
     def keep(self, numbers: Collection[int]) -> None:
         """Tell all replicas, in the background, which versions have a role."""
@@ -202,6 +234,47 @@ class RemoteEngines:
             task = asyncio.get_running_loop().create_task(self._tell(kept))
             self._telling.add(task)
             task.add_done_callback(self._telling.discard)
+
+    def _missed(self) -> None:
+        self._missing.set()
+
+    async def _look_on(self, lines: Lines) -> None:
+        """Look for new replicas, for as long as this process lives."""
+        while True:
+            pause = _LOOK_SECONDS if lines.open >= self._wanted else _LOOK_SOON_SECONDS
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._missing.wait(), pause)
+                await asyncio.sleep(_LOOK_SOON_SECONDS)  # Ray has to find it out, too
+            self._missing.clear()
+            try:
+                await self._look(lines)
+            except Exception:
+                logger.exception("looking for replicas failed; trying again")
+
+    async def _look(self, lines: Lines) -> None:
+        """Lay lines to all replicas; if there is one that has none, all are asked through the handle."""
+        from ray import get_runtime_context
+
+        try:
+            found = await self._handle.broadcast("address").results_async(return_exceptions=True)
+        except DeploymentUnavailableError:
+            return
+        here, why_not = get_runtime_context().get_node_id(), ""
+        for address in found:
+            if isinstance(address, _LOST):
+                continue
+            if not isinstance(address, Address) or address.version != VERSION:
+                why_not = "a replica has no socket for gateways, or is of another release"
+            elif address.node != here:
+                why_not = "a replica is on another machine"
+            else:
+                try:
+                    await lines.connect(address)
+                except OSError as error:
+                    why_not = f"the socket of a replica cannot be reached: {error}"
+        if why_not != self._why_not:
+            logger.info("replicas are asked %s", f"through Ray Serve: {why_not}" if why_not else "directly")
+        self._why_not, self._all_direct = why_not, not why_not
 
     async def _tell(self, kept: tuple[int, ...]) -> None:
         try:

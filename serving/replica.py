@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from regraft.records import ModelVersion
-from serving.engines.base import EngineClosedError, EngineError, Event, GenerationRequest, QueueFullError
+from serving.engines.base import EngineClosedError, EngineError, GenerationRequest, QueueFullError
+from serving.intake import Address, Intake
 from serving.loading import make_loader
 from serving.settings import EndpointSettings
 from serving.shelf import Loaded, Shelf, UnavailableError, brief
+from serving.wire import Failed, Said
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +32,6 @@ class Prepared:
 
     context_length: int
     vocabulary: int
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Why an answer ends early. Travels as a value: an exception would carry a traceback along."""
-
-    kind: Literal["engine", "closed", "full", "unavailable"]
-    message: str
-
-
-#: What a replica says at a time.
-Said: TypeAlias = Sequence[Event | Failed]
 
 
 class EngineReplica:
@@ -69,6 +59,7 @@ class EngineReplica:
             retry_seconds=section.poll_seconds,
         )
         self._known: dict[int, ModelVersion] = {}
+        self._intake = Intake(self.generate)
         wrong = await self._load_those_with_a_role()
         self._loaded_first = [loaded.version.served_id for loaded in self._shelf.loaded]
         if wrong:
@@ -78,6 +69,15 @@ class EngineReplica:
             if lacking:
                 named, why = ", ".join(sorted(lacking)), "; ".join(wrong.values())
                 raise UnavailableError(f"other replicas have {named}, which this one could not load: {why}")
+        self._address = await self._open() if section.direct else None
+
+    async def address(self) -> Address | None:
+        """Where the gateways of this machine may ask without Ray between them, if they may."""
+        return self._address
+
+    async def __del__(self) -> None:
+        """Called by Ray before it ends the replica; answers what has begun."""
+        await self._intake.drain()
 
     async def prepare(self, number: int, kept: Sequence[int]) -> Prepared:
         """Load a version, if it is not loaded.
@@ -99,7 +99,7 @@ class EngineReplica:
 
     async def generate(
         self, number: int, request: GenerationRequest, kept: Sequence[int]
-    ) -> AsyncIterator[Said]:
+    ) -> AsyncGenerator[Said, None]:
         """Answer with a version; a request that nobody watches is answered in one piece.
 
         Args:
@@ -129,12 +129,22 @@ class EngineReplica:
             self._shelf.release(loaded)
 
     async def state(self) -> dict[str, Any]:
-        """What is loaded here, and what was before the first request could come."""
+        """What is loaded here, what was before the first request could come, and how many came directly."""
         return {
             "loaded_first": self._loaded_first,
             "loaded": {loaded.version.served_id: loaded.references for loaded in self._shelf.loaded},
             "load_errors": self._shelf.failures,
+            "asked_directly": self._intake.taken,
         }
+
+    async def _open(self) -> Address | None:
+        from ray import get_runtime_context
+
+        try:
+            return await self._intake.open(get_runtime_context().get_node_id())
+        except OSError as error:
+            logger.warning("gateways ask through Ray Serve, as there is no socket for them: %s", error)
+            return None
 
     async def _load_those_with_a_role(self) -> dict[str, str]:
         """Load them; gives what is lacking now, and why."""

@@ -174,6 +174,13 @@ class ServeSection(Section):
         description="Who listens on `port`: the gateways themselves, on Ray's head node, or Ray Serve's "
         "proxy, on each node that has a part of the endpoint; the proxy adds about 5 ms to an answer.",
     )
+    link: Literal["direct", "handle"] = Field(
+        "direct",
+        description="How gateways reach the replicas: direct, over a Unix socket, or through Ray Serve's "
+        "handle, which adds about 3 ms to an answer. direct goes through the handle, too, where a replica is "
+        "on another machine than the gateway, and where `max_replicas` is above `min_replicas`, as Ray then "
+        "has to count requests.",
+    )
     max_batch: int = Field(16, ge=1, description="Requests answered together.")
     max_queued: int = Field(
         64, ge=1, description="Requests waiting beyond those being answered; more get 429."
@@ -240,6 +247,11 @@ class ServeSection(Section):
                 f"max_replicas: {self.max_replicas} is less than min_replicas, {self.min_replicas}; raise it"
             )
         return self
+
+    @property
+    def direct(self) -> bool:
+        """Whether replicas have sockets for the gateways."""
+        return self.link == "direct" and self.max_replicas == self.min_replicas
 
     @property
     def followed(self) -> tuple[str, ...]:

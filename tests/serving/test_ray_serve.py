@@ -224,6 +224,28 @@ def loads_champion(here: Here) -> str | None:
     return champion
 
 
+def asked_directly() -> list[int]:
+    """How many requests have come to each replica without Ray."""
+    from ray import serve
+
+    handle = serve.get_deployment_handle("Engines", "regraft")
+    return sorted(state["asked_directly"] for state in handle.broadcast("state").results())
+
+
+def test_replicas_are_asked_without_ray(here: Here) -> None:
+    async def run() -> None:
+        over = asyncio.Event()
+        task = asyncio.create_task(crowd(here, over, streams=True, clients=4))
+        before = await asyncio.to_thread(asked_directly)
+        assert len(before) == 2
+        while (await asyncio.to_thread(asked_directly))[0] <= before[-1]:
+            pass
+        over.set()
+        assert {who for who, _ in await task} == {f"support/{here.versions[0]}"}
+
+    asyncio.run(run())
+
+
 def test_a_replica_that_is_killed_costs_nobody_an_answer_that_had_not_begun(here: Here) -> None:
     import ray
     from ray.util import list_named_actors
@@ -252,6 +274,11 @@ def test_a_replica_that_is_killed_costs_nobody_an_answer_that_had_not_begun(here
     found = asyncio.run(run())
     assert {who for who, _ in found} == {served}, [text for who, text in found if not who][:3]
     assert len({text for _, text in found}) == 1
+    # The one that comes in its place is found, and asked as the others are.
+    deadline = time.monotonic() + 120
+    while len(found_now := asked_directly()) < 2 or not found_now[0]:
+        assert time.monotonic() < deadline, found_now
+        here.client(60).chat.completions.create(model="support", messages=CHAT, max_tokens=1)
 
 
 def test_the_shadow_answers_unseen(here: Here) -> None:

@@ -12,7 +12,7 @@ from ray.serve.exceptions import BackPressureError
 
 from serving.engines.base import EngineClosedError, EngineError, Event, Finished, QueueFullError, TextDelta
 from serving.remote import RemoteStream
-from serving.replica import Failed, Said
+from serving.wire import Failed, Said
 
 SAID: tuple[Event, ...] = (TextDelta("yes"), Finished("stop", 1, 2))
 LOST = ActorUnavailableError("gone", b"0" * 16)

@@ -360,6 +360,24 @@ def test_a_gateway_or_a_replica_that_is_killed_is_replaced(deployed: Deployed, n
 
 
 @pytest.mark.slow
+def test_another_config_takes_over_and_its_replicas_are_asked_directly(deployed: Deployed) -> None:
+    serve = f"{{port: {deployed.port}, max_new_tokens: 4000, poll_seconds: 0.2, num_cpus: 0.5}}"
+    write(deployed.folder, deployed.base, deployed.mlflow.url, serve)
+    assert regraft(deployed.folder, "serve", ".", "--config", "serve.yaml").returncode == 0
+    old = deployed.process("ray::ServeReplica:regraft:Gateway")
+    with Crowd(deployed, 2, retries=60) as crowd:
+        crowd.go_on(5)
+        deploying = deployed.serve_cli("deploy", str(deployed.folder / "serve.yaml"))
+        assert deploying.wait(SECONDS) == 0, deploying.communicate()
+        psutil.wait_procs([old], SECONDS)
+        assert not old.is_running()
+        until(lambda: [state for state in deployed.states() if state["asked_directly"] > 5] or crowd.errors)
+        crowd.go_on()
+    assert {served for served, _ in crowd.answers} == {"support/2"} and len(set(crowd.answers)) == 1
+    until(lambda: len(deployed.replicas()) == 1, lambda: deployed.deployment("Engines"))
+
+
+@pytest.mark.slow
 def test_a_stream_that_has_begun_ends_whole_while_the_endpoint_is_taken_down(deployed: Deployed) -> None:
     # Of the two versions the one whose answer has no end of its own.
     asked: Any = {"model": "support/1", "messages": CHAT, "max_tokens": 3900}
