@@ -1,143 +1,229 @@
-"""Compare a window of captured exchanges with the champion's frozen reference, and decide.
+"""Compare what the endpoint answers with the champion's frozen reference, decide, and act.
 
-Runs as `regraft drift PATH`, by the monitor's schedule, or as `python jobs/check_drift.py PATH`.
+A round (`watch`) closes the windows that are due, adds each to the evidence, and carries the decision out.
+It runs as `regraft drift PATH`, by the monitor's schedule, or as `python jobs/check_drift.py PATH`. A look
+(`look`) compares any stretch of time and changes nothing.
 """
 
 from __future__ import annotations
 
+import fcntl
 import sys
-import tempfile
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 from jobs.console import Say, console, say, show_drift
+from jobs.decisions import carry_out, facts_of, reconcile
+from jobs.references import freeze_traffic
+from jobs.scene import Scene, when
+from jobs.telling import Teller
 from jobs.workspace import Connection, Workspace
-from monitoring.check import check_window
+from monitoring.check import Checked
 from monitoring.policy import decide
-from monitoring.windows import load
+from monitoring.schedule import close_windows, due, settling
+from monitoring.timeline import metric_points
+from regraft.cluster import local
+from regraft.cluster.locks import cluster_lock
 from regraft.config import Experiment
-from regraft.data.captures import CaptureStore
-from regraft.data.chats import read_chats
-from regraft.errors import DataError, RegraftError, ServiceError
-from regraft.records import DriftReport, ModelVersion, RetrainDecision
+from regraft.records import CapturedExchange, DriftReport, RetrainDecision
+
+#: Alarms of faults; with one of them open, no traffic is taken for ordinary.
+_FAULTS = ("behaviour", "quality")
 
 
-def check_drift(
+class Watched(NamedTuple):
+    """One checked window, what was decided about it, and its page."""
+
+    report: DriftReport
+    decision: RetrainDecision
+    html: Path
+
+
+def watch(
+    path: Path,
     experiment: Experiment,
     connection: Connection,
     *,
-    start: datetime | None,
-    end: datetime | None,
+    now: datetime | None = None,
+    close: bool = False,
+    act: bool = True,
     say: Say = say,
-) -> tuple[DriftReport, RetrainDecision, Path]:
-    """Check one window of the present champion's exchanges; report and decision are logged whatever they say.
+) -> list[Watched]:
+    """One round: catch up on all windows that are due, decide about each, and carry it out.
+
+    Two rounds of one model never run at once; the second finds what the first has checked.
 
     Args:
+        path: The experiment's file, which a retraining job reads again.
         experiment: Whose endpoint.
-        connection: Where things are.
-        start: Exchanges from here on; all if None.
-        end: Exchanges before here; all if None.
+        connection: Where things are. Ray is joined for the lock, if this process has not joined it yet.
+        now: The present, if it is not the clock's.
+        close: Close the last window now, and not at the next time of the schedule.
+        act: Whether decisions are carried out; without, they are recorded alone.
         say: Where lines go.
 
     Returns:
-        The report, the decision, and the HTML file.
+        What was checked, oldest first; where `close` is given, a last window with too few sessions too.
 
     Raises:
         RegraftError: If there is no champion or it has no reference.
     """
-    champion = connection.registry.by_alias(experiment.name, "champion")
-    if champion is None:
-        raise RegraftError(f"{experiment.name} has no champion to watch", "run `regraft sweep` first")
-    with tempfile.TemporaryDirectory() as folder:
-        name = f"reference-{champion.version}"
-        reference = load(connection.registry.load_artifact(champion.run_id, name, Path(folder)))
-    store = CaptureStore.of(connection.captures(experiment), experiment.serve.capture)
-    found = store.read(start=start, end=end, model=experiment.name, version=champion.version)
-    exchanges = [e for e in found if e.variant != "shadow"]  # nobody saw those
-    say(f"{len(exchanges)} exchanges of {champion.served_id} against {len(reference.rows)} reference answers")
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    html = connection.workspace / "reports" / f"drift-{experiment.name}-{stamp}.html"
-    html.parent.mkdir(parents=True, exist_ok=True)
-    report = check_window(reference, exchanges, experiment.monitor, html)
-    tracker = connection.tracker(experiment)
-    run_id = tracker.log_drift(report, html if html.exists() else None)
-    report = report.model_copy(update={"run_id": run_id, "report_path": str(html)})
-    decision = decide(
-        report,
-        experiment.retrain,
-        fresh_examples=fresh_examples(experiment),
-        last_retrain=last_retrain(experiment, connection, champion),
-        now=datetime.now(UTC),
-    )
-    tracker.log_decision(run_id, decision)
-    ledger = connection.workspace / "decisions" / f"{decision.id}.json"
-    ledger.parent.mkdir(parents=True, exist_ok=True)
-    ledger.write_text(decision.model_dump_json(indent=1))
-    return report, decision, html
+    now = now or datetime.now(UTC)
+    with _alone(experiment, connection):
+        scene = Scene.of(path, experiment, connection, now, say)
+        if act:
+            reconcile(path, experiment, connection, scene.ledger, say)
+            # What that found to be finished may have moved the alias.
+            scene = Scene.of(path, experiment, connection, now, say)
+        teller = Teller(experiment, connection.workspace, say)
+        teller.outcomes(scene.ledger, experiment.name, now)
+        return list(_rounds(_with_traffic(scene), teller, close=close, act=act))
 
 
-def fresh_examples(experiment: Experiment) -> int:
-    """Reviewed fresh examples that a retraining could use."""
-    path = experiment.retrain.reviewed
-    if path is None or not path.exists():
-        return 0
-    return len(read_chats(path))
-
-
-def last_retrain(experiment: Experiment, connection: Connection, champion: ModelVersion) -> datetime | None:
-    """When the last retraining of this model was decided, from the workspace's ledger."""
-    found = None
-    for file in (connection.workspace / "decisions").glob("*.json"):
-        decision = RetrainDecision.model_validate_json(file.read_text())
-        if decision.action == "retrain" and decision.model == champion.name:
-            when = datetime.fromisoformat(decision.created)
-            found = when if found is None else max(found, when)
-    return found
-
-
-def submit_retrain(path: Path, decision: RetrainDecision, connection: Connection) -> bool:
-    """Turn a decision into a job, exactly once; whether this call submitted it.
+def look(
+    experiment: Experiment, connection: Connection, *, start: datetime | None, end: datetime | None
+) -> tuple[Checked, Path]:
+    """Compare any stretch of time with the champion's reference; nothing is counted, decided or logged.
 
     Raises:
-        ServiceError: If no job server is known or it refuses.
+        RegraftError: If there is no champion or it has no reference.
     """
-    from regraft.cluster.jobs import submit_once
+    from monitoring.report import write_report
 
-    if decision.job_id is None:
-        raise DataError(
-            f"decision {decision.id} is {decision.action!r} and has no job", "only 'retrain' becomes a job"
-        )
-    if connection.jobs_url is None:
-        raise ServiceError("cluster.jobs: no job server is known", "set cluster.jobs to http://<head>:8265")
-    return submit_once(
-        connection.jobs_url,
-        decision.job_id,
-        f"python -m jobs.retrain {path.resolve()} {decision.id}",
-        runtime_env={
-            "env_vars": {
-                "MLFLOW_TRACKING_URI": connection.tracking_uri,
-                "REGRAFT_WORKSPACE": str(connection.workspace),
-            }
-        },
-        metadata={"experiment": decision.model, "drift_report": decision.drift_report_id},
+    scene = Scene.of(Path(), experiment, connection, datetime.now(UTC), say)
+    checked = scene.check(scene.exchanges(start, end), None)
+    html = scene.page(checked.report)
+    write_report(
+        html, checked.report, detection=checked.detection, reference=checked.reference, window=checked.window
     )
+    return checked, html
+
+
+@contextmanager
+def _alone(experiment: Experiment, connection: Connection) -> Iterator[None]:
+    """Hold the model's locks: of this workspace's file, and of the whole cluster."""
+    file = connection.workspace / f"monitor-{experiment.name}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    local.join(connection.ray_address)
+    with file.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # released when the file closes, also if this process dies
+        with cluster_lock(f"monitor:{experiment.name}"):
+            yield
+
+
+def _with_traffic(scene: Scene) -> Scene:
+    """The scene with the first accepted traffic as its reference, where that is due now."""
+    reference = scene.reference
+    if reference.source == "traffic" or scene.experiment.monitor.reference_rows == 0:
+        return scene
+    last = scene.ledger.latest(scene.champion.name, scene.champion.version, reference.id)
+    if last is not None and last.kind in _FAULTS:
+        return scene
+    frozen = freeze_traffic(
+        scene.experiment, scene.champion, reference, scene.exchanges(None, scene.now), scene.feedback,
+        scene.connection, scene.say,
+    )  # fmt: skip
+    return scene if frozen is None else scene._replace(reference=frozen)
+
+
+def _rounds(scene: Scene, teller: Teller, *, close: bool, act: bool) -> Iterator[Watched]:
+    """Check the windows that are due, one after the other."""
+    monitor = scene.experiment.monitor
+    previous = scene.latest()
+    reached = (previous.covered if previous else "") or scene.reference.until
+    covered = datetime.fromisoformat(reached) if reached else None
+    exchanges = scene.exchanges(covered, scene.now)
+    if previous is None and scene.reference.until:
+        # Windows begin after the last exchange of the reference, not with it.
+        exchanges = [e for e in exchanges if e.created > scene.reference.until]
+    if covered is None:
+        covered = when(exchanges[0]) if exchanges else scene.now
+    every = timedelta(seconds=monitor.every_seconds)
+    ticks = due(covered, scene.now, every, settle=settling(scene.experiment.serve))
+    times = [(when(e), e.session) for e in exchanges]
+    spans = list(close_windows(times, covered, ticks, monitor.min_rows).closed)
+    at = spans[-1][1] if spans else covered
+    if close and at < scene.now:
+        spans.append((at, scene.now))
+    for start, end in spans:
+        inside = [e for e in exchanges if start <= when(e) < end]
+        watched = _one(scene, inside, previous, (start, end), act=act)
+        teller.checked(watched.report, watched.decision)
+        previous = scene.latest()
+        yield watched
+
+
+def _one(
+    scene: Scene,
+    exchanges: Sequence[CapturedExchange],
+    previous: DriftReport | None,
+    span: tuple[datetime, datetime],
+    *,
+    act: bool,
+) -> Watched:
+    """Check a window, decide, write it all down, and only then act: what is cut short is found again."""
+    from monitoring.report import write_report
+
+    start, end = (time.astimezone(UTC).isoformat(timespec="microseconds") for time in span)
+    checked = scene.check(exchanges, previous, start, end)
+    report, ledger = checked.report, scene.ledger
+    scene.say(f"{len(exchanges)} exchanges of {scene.champion.served_id}, {start} to {end}: {report.status}")
+    facts = facts_of(
+        scene.experiment, scene.connection, scene.champion, report, ledger, now=scene.now,
+        exchanges=exchanges, reference=checked.reference, feedback=scene.feedback,
+    )  # fmt: skip
+    decision = decide(report, scene.experiment.retrain, facts, now=scene.now)
+    html = scene.page(report)
+    write_report(
+        html,
+        report,
+        decision=decision,
+        detection=checked.detection,
+        reference=checked.reference,
+        window=checked.window,
+        history=ledger.reports(report.model, limit=50, version=report.model_version),
+    )
+    run_id = ledger.log_report(report, html, metric_points(report))
+    report = report.model_copy(update={"run_id": run_id, "report_path": str(html)})
+    decision = ledger.note(decision.model_copy(update={"run_id": run_id}))
+    if act:
+        rows = [*(n.row.id for n in checked.detection.novel)] if checked.detection else []
+        carry_out(
+            scene.path, scene.experiment, decision, scene.connection, ledger, scene.say,
+            drifted=_drifted(exchanges, rows),
+        )  # fmt: skip
+    return Watched(report, decision, html)
+
+
+def _drifted(exchanges: Sequence[CapturedExchange], first: Sequence[str]) -> list[CapturedExchange]:
+    """The exchanges of these ids, in their order."""
+    by_id = {e.id: e for e in exchanges}
+    return [by_id[name] for name in first if name in by_id]
 
 
 def run(
     path: Path, *, start: datetime | None = None, end: datetime | None = None, act: bool = True
-) -> DriftReport:
-    """One check, as the command line and the schedule run it."""
+) -> list[DriftReport]:
+    """What `regraft drift` does: a round that closes its window now, or a look at a stretch of time."""
     experiment = Experiment.load(path)
     connection = Workspace().connect(experiment)
-    report, decision, html = check_drift(experiment, connection, start=start, end=end)
-    show_drift([("checked", report)])
-    console.print(report.summary, markup=False)
-    console.print(f"report: {html}", markup=False)
-    say(f"decision: {decision.action}: {decision.reason}")
-    if act and decision.action == "retrain":
-        new = submit_retrain(path, decision, connection)
-        say(f"{'submitted' if new else 'already submitted'} {decision.job_id}")
-    return report
+    if start is not None or end is not None:
+        checked, html = look(experiment, connection, start=start, end=end)
+        show_drift([("looked at", checked.report)])
+        console.print(checked.report.summary, markup=False)
+        say(f"report: {html}")
+        say("only looked at: nothing was counted or decided; without --start and --end it is")
+        return [checked.report]
+    rounds = watch(path, experiment, connection, close=True, act=act)
+    show_drift([(watched.report.window_end, watched.report) for watched in rounds])
+    for watched in rounds:
+        console.print(watched.report.summary, markup=False)
+        say(f"report: {watched.html}")
+        say(f"decision: {watched.decision.action}: {watched.decision.reason}")
+    return [watched.report for watched in rounds]
 
 
 if __name__ == "__main__":

@@ -152,9 +152,13 @@ def drift(
     path: ExperimentPath = EXAMPLE,
     start: Annotated[datetime | None, typer.Option(help="Exchanges from here on (UTC).")] = None,
     end: Annotated[datetime | None, typer.Option(help="Exchanges before here (UTC).")] = None,
-    act: Annotated[bool, typer.Option(help="Submit the retraining job that an alarm decides on.")] = True,
+    act: Annotated[bool, typer.Option(help="Carry decisions out: retrain, roll back, collect.")] = True,
 ) -> None:
-    """Compare captured exchanges with the champion's frozen reference; report and decide.
+    """Check what the endpoint answered since the last check against the champion's frozen reference; decide.
+
+    Windows that the schedule has missed are caught up, and the last one is closed now. Each check adds to the
+    evidence; the alarm is raised when there is enough of it. With --start or --end a stretch of time is only
+    looked at: nothing is counted, decided or logged.
 
     The services must be running (`regraft up`, or a cluster named in the YAML).
     """

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, cast
 
 from jobs.console import Say, say
 from jobs.evaluate import evaluate_version
 from jobs.evaluation_sets import keep_sets
 from jobs.parity import check_parity
+from jobs.references import freeze_evaluation
 from jobs.workspace import Connection
 from regraft.cluster.locks import cluster_lock
 from regraft.cluster.quiet import QuietWorker
@@ -203,22 +202,13 @@ def settle(
     Raises:
         PromotionConflictError: If the champion is another than the one that was compared with.
     """
-    from monitoring.windows import Row, freeze
-
     registry = connection.registry
     connection.tracker(experiment).log_decision(version.run_id, decision)
     registry.note_decision(version, decision)
     if decision.outcome != "promote":
         registry.set_alias(experiment.name, CHALLENGER, version.version)
         return
-    rows = [
-        Row(id=e.example_id, prompt=e.prompt, output=e.output)
-        for report in (winner.report, winner.final)
-        for e in (report.examples if report else ())
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        freeze(Path(folder), model=version.name, version=version.version, rows=rows)
-        registry.save_artifact(version.run_id, f"reference-{version.version}", Path(folder))
+    freeze_evaluation(experiment, version, (winner.report, winner.final), connection)
     keep_sets(registry, version, dataset)
     with cluster_lock(f"promotion:{experiment.name}"):
         registry.promote(version, decision, expected=champion, promotion_lock=connection.promotion_lock)

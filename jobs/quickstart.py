@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from jobs.check_drift import check_drift, submit_retrain
+from jobs.check_drift import watch
 from jobs.console import console, say, show_decision, show_drift, show_leaderboard, stage
+from jobs.decisions import submit_retrain
 from jobs.evaluation_sets import with_registered
 from jobs.promotion import promote_winner
 from jobs.replay import Replayed, key_header, replay
@@ -180,12 +180,7 @@ class Quickstart:
             )
             rate = replayed.completion_tokens / replayed.seconds
             say(f"{replayed.answered} answered in {replayed.seconds:.0f} s ({rate:.0f} tokens/s), captured")
-            report, decision, html = check_drift(
-                self.experiment,
-                connection,
-                start=datetime.fromisoformat(replayed.start),
-                end=datetime.fromisoformat(replayed.end) + timedelta(seconds=1),
-            )
+            report, decision, html = watch(self.path, self.experiment, connection, close=True, act=False)[-1]
             found = {"report": report.model_dump(), "decision": decision.model_dump(), "html": str(html)}
             self.workspace.finished(name, self.key, found)
         else:

@@ -1,126 +1,261 @@
-"""One check: a window of captured exchanges against the frozen reference."""
+"""One check: a window of captured exchanges against the frozen reference, added to what was seen before."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from monitoring.detectors import Detection, Detector, Omnibus
-from monitoring.windows import Reference, Window, sampled
+from pydantic import ValidationError
+
+from monitoring.detectors import Calibrated, Detection, Detector, parse_detector
+from monitoring.explaining import Explained, explain
+from monitoring.sequential import DRIFT, PROMPTS, step
+from monitoring.windows import Reference, Row, Window, sampled
+from monitoring.wording import summary
 from regraft.config import MonitorSection
-from regraft.records import CapturedExchange, DriftReport, content_hash
+from regraft.errors import ConfigError
+from regraft.records import (
+    CapturedExchange,
+    DriftKind,
+    DriftReport,
+    Evidence,
+    QualitySignal,
+    TestResult,
+    content_hash,
+)
+
+#: Signals of the service, which no training mends.
+SERVICE = frozenset({"error_rate", "empty_rate", "latency_p95_ms", "first_token_p95_ms"})
+
+
+class Checked(NamedTuple):
+    """A check's report, and what the page for people is made of; the detection is that of the answers."""
+
+    report: DriftReport
+    detection: Detection | None
+    reference: list[Row]
+    window: tuple[Row, ...]
+
+
+def detector_of(settings: MonitorSection, cache: Path | None = None) -> Detector:
+    """The detector that a configuration asks for.
+
+    Args:
+        settings: Its `min_rows` is the detector's smallest window too, unless that says otherwise.
+        cache: Folder that keeps embeddings between processes.
+
+    Raises:
+        ConfigError: If there is no such detector or a field of it is wrong.
+    """
+    given = dict(settings.detector)
+    if given.get("name") == "calibrated":
+        given = {"min_window": settings.min_rows} | given
+        if cache is not None:
+            given |= {"cache": cache}
+    try:
+        return parse_detector(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:])
+        raise ConfigError(
+            f"monitor.detector{'.' * bool(field)}{field}: {first['msg']}", "see docs/monitoring.md"
+        ) from error
 
 
 def check_window(
     reference: Reference,
     exchanges: Sequence[CapturedExchange],
     settings: MonitorSection,
-    html: Path | None = None,
     *,
     detector: Detector | None = None,
-) -> DriftReport:
-    """Compare a window with the reference.
+    explainer: Calibrated | None = None,
+    previous: DriftReport | None = None,
+    quality: Sequence[QualitySignal] = (),
+    since_growth: Sequence[CapturedExchange] | None = None,
+    start: str = "",
+    end: str = "",
+) -> Checked:
+    """Compare a window with the reference, and add what it says to the evidence.
 
     Args:
-        reference: Frozen at promotion. Exchanges of other models or versions are left out and counted.
+        reference: The frozen one. Exchanges of other models or versions are left out and counted.
         exchanges: What was captured, in any order.
         settings: Thresholds and sizes.
-        html: Where to write the report for people, if anywhere.
-        detector: How to compare; the calibrated one if not given.
+        detector: How to compare; what the settings ask for if not given.
+        explainer: Whose embeddings tell what an alarm is about; the detector itself where it has some.
+        previous: The last report against the same reference; None begins without evidence.
+        quality: Signals of the same window.
+        since_growth: Exchanges since the evidence began to grow, which an alarm is explained by; the window
+            if not given.
+        start: Of the window, where it is not that of its first exchange.
+        end: Of the window, likewise.
 
     Returns:
-        `drift` only if the p-value is below alpha and the effect at least `min_effect`; `insufficient` if
-        either side has fewer than `min_rows` exchanges to compare, or too few for the detector. The same
-        input gives the same report.
+        Status `drift` where an alarm is raised and the effect is at least `min_effect`, or a quality signal
+        alarms; `suspected` where this window alone has a p-value of at most `alpha`; `insufficient` where
+        there are fewer than `min_rows` rows, or too few for the detector, and no quality signal could be
+        tested. The same input gives the same report.
+
+    Raises:
+        ConfigError: If the settings' detector is wrong.
     """
-    detector = detector or Omnibus(permutations=settings.permutations)
+    detector = detector or detector_of(settings)
     window = Window.of(exchanges, settings.max_rows, model=reference.model, version=reference.version)
-    before = sampled(reference.rows, settings.max_rows)
+    before = sampled(reference.rows, 10**9)
+    # The larger the reference, the closer the evidence of many checks keeps to its bound; the others sample.
+    if not isinstance(detector, Calibrated):
+        before = before[: settings.max_rows]
     lacking = (
         f"at least {settings.min_rows} of each are needed"
         if min(len(window.rows), len(before)) < settings.min_rows
         else detector.lacking(before, window.rows)
     )
-    detection = None if lacking else detector.detect(before, window.rows)
-    if detection is None:
-        status = "insufficient"
-    elif (
-        not detector.advisory
-        and detection.p_value < settings.alpha
-        and detection.effect >= settings.min_effect
-    ):
-        status = "drift"
-    else:
-        status = "stable"
+    detections = {} if lacking else _detected(detector, before, window.rows)
+    detection = detections.get(DRIFT)
+    start, end = start or window.start, end or window.end
+    identity = content_hash(
+        [
+            reference.id,
+            start,
+            end,
+            sorted(e.id for e in exchanges),
+            # How often checks run, and who is told, changes nothing about what this one finds.
+            settings.model_dump(
+                mode="json", include={"alpha", "arl", "min_effect", "min_rows", "max_rows", "quality"}
+            ),
+            detector.model_dump(mode="json"),
+            previous.id if previous else None,
+        ]
+    )
+    p_values = {} if detector.advisory else {name: found.p_value for name, found in detections.items()}
+    p_values |= {signal.name: signal.p_value for signal in quality if signal.p_value is not None}
+    evidence = _stepped(previous, p_values, identity, start, settings.arl, len(quality))
+    alarms = _alarms(evidence, detections, quality, settings)
+    suspicious = [
+        n for n, p in p_values.items() if p <= settings.alpha and _large(n, detections, quality, settings)
+    ]
+    status = (
+        "insufficient"
+        if not p_values and detection is None
+        else "drift"
+        if alarms
+        else "suspected"
+        if suspicious
+        else "stable"
+    )
+    explained = Explained()
+    if status in {"drift", "suspected"} and detection is not None:
+        explained = explain(
+            before,
+            window,
+            since_growth if since_growth is not None else exchanges,
+            explainer or (detector if isinstance(detector, Calibrated) else Calibrated()),
+            since=min((e.since for n, e in evidence.items() if n in detections and e.since), default=""),
+        )
+    kind = _kind(explained, alarms) if alarms else None
     report = DriftReport.model_validate(
         {
-            "id": content_hash(
-                [
-                    reference.id,
-                    sorted(e.id for e in exchanges),
-                    # How often checks run changes nothing about what this one finds.
-                    settings.model_dump(mode="json", exclude={"every_seconds"}),
-                    detector.model_dump(mode="json"),
-                ]
-            ),
+            "id": identity,
             "model": reference.model,
             "model_version": reference.version,
             "reference_id": reference.id,
-            "window_start": window.start,
-            "window_end": window.end,
+            "window_start": start,
+            "window_end": end,
             "rows": len(window.rows),
             "reference_rows": len(before),
             "status": status,
             "p_value": detection.p_value if detection else None,
             "effect": detection.effect if detection else None,
             "alpha": settings.alpha,
-            "tests": detection.tests if detection else (),
-            "drivers": detection.drivers if detection else (),
-            "summary": _summary(
-                status,
-                detector,
-                detection,
-                settings=settings,
-                window=window,
-                reference_rows=len(before),
-                lacking=lacking,
-            ),
-            "report_path": str(html) if html else None,
+            "detector": detector.name,
+            "tests": _tests(detections),
+            "drivers": [driver for found in detections.values() for driver in found.drivers],
+            "evidence": evidence,
+            "arl": settings.arl,
+            "covered": end if p_values else previous.covered if previous else "",
+            "previous": previous.id if previous else None,
+            "quality": tuple(quality),
+            "alarms": alarms,
+            "kind": kind,
+            "attribution": explained.attribution,
+            "summary": "",
         }
     )
-    if html:
-        # Evidently takes seconds to import: only where somebody wants the page.
-        from monitoring.report import write_report
-
-        write_report(html, report, detection, before, window.rows)
-    return report
+    words = summary(report, detector, detection, settings, window, lacking, explained.unclear)
+    return Checked(report.model_copy(update={"summary": words}), detection, before, window.rows)
 
 
-def _summary(
-    status: str,
-    detector: Detector,
-    detection: Detection | None,
-    *,
-    settings: MonitorSection,
-    window: Window,
-    reference_rows: int,
-    lacking: str,
-) -> str:
-    left_out = f" Left out of {window.given}: {window.left_out}." if window.left_out else ""
-    if detection is None:
-        return (
-            f"Insufficient: {len(window.rows)} exchanges against {reference_rows} of the reference; "
-            f"{lacking}.{left_out}"
+def _detected(detector: Detector, reference: Sequence[Row], window: Sequence[Row]) -> dict[str, Detection]:
+    """What the detector finds in the answers, and in the prompts where it looks at one side at a time."""
+    found = {DRIFT: detector.detect(reference, window)}
+    if isinstance(detector, Calibrated):
+        prompts = detector.model_copy(update={"side": "prompts"})
+        found[PROMPTS] = prompts.detect(reference, window)
+    return found
+
+
+def _stepped(
+    previous: DriftReport | None,
+    p_values: dict[str, float],
+    report_id: str,
+    begun: str,
+    arl: float,
+    signals: int,
+) -> dict[str, Evidence]:
+    """The evidence with this check in it.
+
+    Answers alarm falsely once in `arl` checks on average, so do prompts, and so do the quality signals
+    together: each of these has to gather as many times as much as there are.
+    """
+    evidence = dict(previous.evidence) if previous else {}
+    for name, p_value in p_values.items():
+        length = arl if name in (DRIFT, PROMPTS) else arl * max(1, signals)
+        evidence[name] = step(
+            evidence.get(name, Evidence()), p_value, report_id=report_id, begun=begun, arl=length
         )
-    figures = f"p = {detection.p_value:.4f} (alpha {settings.alpha:g}), effect {detection.effect:.2f}"
-    effect = f"{figures} (at least {settings.min_effect:g} needed; {detector.effect_unit})"
-    if status == "drift":
-        cause = "; ".join(detection.drivers) or "no single cause stands out"
-        return f"Drift over {len(window.rows)} exchanges: {cause}. {effect}.{left_out}"
-    if detector.advisory:
-        why = "This detector is advisory and decides nothing"
-    elif detection.p_value < settings.alpha:
-        why = "The window differs from the reference, but too little to act on"
-    else:
-        why = "The window cannot be told from the reference at this alpha"
-    return f"Stable over {len(window.rows)} exchanges. {why}: {effect}.{left_out}"
+    return evidence
+
+
+def _tests(detections: Mapping[str, Detection]) -> list[TestResult]:
+    """The tests of all sides; the prompts' under names of their own."""
+    named = list(detections[DRIFT].tests) if detections else []
+    for test in detections[PROMPTS].tests if PROMPTS in detections else ():
+        named.append(test.model_copy(update={"name": f"prompt {test.name}"}))
+    return named
+
+
+def _large(
+    name: str, detections: Mapping[str, Detection], quality: Sequence[QualitySignal], settings: MonitorSection
+) -> bool:
+    """Whether what this window shows is large enough to matter."""
+    if name in (DRIFT, PROMPTS):
+        return name in detections and detections[name].effect >= settings.min_effect
+    return any(signal.name == name and signal.worse for signal in quality)
+
+
+def _alarms(
+    evidence: dict[str, Evidence],
+    detections: Mapping[str, Detection],
+    quality: Sequence[QualitySignal],
+    settings: MonitorSection,
+) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, found in sorted(evidence.items())
+        if found.alarmed_by is not None and _large(name, detections, quality, settings)
+    )
+
+
+def _kind(explained: Explained, alarms: Sequence[str]) -> DriftKind | None:
+    """What an alarm is about: faults of the model and the service come before a change of what is asked.
+
+    Worse answers to new questions are what a retraining mends, so that new content is told before quality.
+    """
+    if explained.kind == "behaviour":
+        return "behaviour"
+    if SERVICE & set(alarms):
+        return "quality"
+    if explained.kind == "new_content":
+        return "new_content"
+    return explained.kind if set(alarms) <= {DRIFT, PROMPTS} else "quality"

@@ -20,6 +20,8 @@ import math
 
 from regraft.records import Evidence
 
+#: Whether answers and prompts drift, among what evidence is kept about; the others are quality signals.
+DRIFT, PROMPTS = "drift", "prompts"
 #: Evidence beyond this tells nothing more, and must stay a finite number.
 _MOST = 1e12
 

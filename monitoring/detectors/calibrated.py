@@ -25,13 +25,13 @@ from regraft.records import TestResult
 
 Floats = perm.Floats
 _WORDS = {
-    "novelty": "answers are unlike any of the reference's",
-    "topics": "the answers are spread over other topics",
-    "form": "answers are written in another form",
+    "novelty": "{side} are unlike any of the reference's",
+    "topics": "the {side} are spread over other topics",
+    "form": "{side} are written in another form",
 }
 _DETAILS = {
-    "novelty": "effect: share of answers beyond the reference's own threshold of novelty, above chance",
-    "topics": "effect: share of answers that lie in other topics, above chance",
+    "novelty": "effect: share of {side} beyond the reference's own threshold of novelty, above chance",
+    "topics": "effect: share of {side} that lie in other topics, above chance",
     "form": "effect: the largest Kolmogorov-Smirnov distance over the descriptors, above chance",
 }
 #: Change of a rate of empty answers or refusals that is named first.
@@ -53,8 +53,9 @@ class Calibrated(Detector):
 
     The reference is split by session: 40 % are the index (principal directions, nearest neighbours, topics),
     20 % set the novelty threshold, 40 % are compared with the window. Given the first two parts, sessions of
-    the compared part and of the window are exchangeable if nothing changed, so the p-value is exact. Prompts
-    are not looked at: `monitoring.matching` tells a change of prompts from one of behaviour.
+    the compared part and of the window are exchangeable if nothing changed, so the p-value is exact. One side
+    of the exchanges is looked at, the answers or the prompts: a model may answer new questions in its usual
+    words. `monitoring.matching` tells a change of prompts from one of behaviour.
 
     The effect is novelty lift: the share of the window's answers beyond the threshold minus the compared
     part's, above chance (the median over the permutations). 0.05 are five points. A change of form alone has
@@ -62,7 +63,7 @@ class Calibrated(Detector):
     of the window that the reference does not account for.
     """
 
-    effect_unit: ClassVar[str] = "share of the window's answers that the reference does not account for"
+    effect_unit: ClassVar[str] = "share of the window that the reference does not account for"
 
     name: Literal["calibrated"] = "calibrated"
     permutations: int = Field(999, ge=999, description="Random labellings; the smallest p is 1/(this + 1).")
@@ -70,6 +71,7 @@ class Calibrated(Detector):
     dimensions: int = Field(64, ge=2, description="Principal directions of the embeddings that are kept.")
     topics: int = Field(20, ge=2, description="Topics at most.")
     tail: float = Field(0.95, gt=0.5, lt=1, description="The percentile of distance that novel answers pass.")
+    side: Literal["answers", "prompts"] = Field("answers", description="Which texts are compared.")
     gate: Literal["novelty", "any"] = Field(
         "novelty", description="Whose effect counts: novelty's alone, or the largest of all groups."
     )
@@ -109,8 +111,9 @@ class Calibrated(Detector):
         # A row of the window without a session may have the id of one of the reference's: another row.
         units = [f"{side:d}{session_of(row)}" for row, side in zip(rows, taken, strict=True)]
         labels = perm.session_labellings(units, taken, self.permutations, self.seed)
-        features = frozen.features(self.embed([row.output for row in rows]))
-        form = describe_more([row.output for row in rows])
+        texts = [self._text(row) for row in rows]
+        features = frozen.features(self.embed(texts))
+        form = describe_more(texts)
         found = statistics(features, form, frozen, labels)
         joint, adjusted = perm.min_p(found.groups)
         effects = {name: _above_chance(values) for name, values in found.effects.items()}
@@ -119,14 +122,14 @@ class Calibrated(Detector):
             p_value=joint,
             effect=max(effects.values()) if self.gate == "any" else effects["novelty"],
             tests=tuple(
-                TestResult(name=name, p_value=p, effect=effects[name], detail=_DETAILS[name])
+                TestResult(
+                    name=name, p_value=p, effect=effects[name], detail=_DETAILS[name].format(side=self.side)
+                )
                 for name, p in adjusted.items()
             ),
-            drivers=tuple(_drivers(adjusted, form, count)),
+            drivers=tuple(_drivers(adjusted, form, count, self.side)),
             novel=self._most_novel(now, features.distances[count:]),
-            terms=grown_terms(
-                [row.output for row in rows[:count]], [row.output for row in now], self.examples
-            ),
+            terms=grown_terms(texts[:count], texts[count:], self.examples),
         )
 
     def embed(self, texts: Sequence[str]) -> Vectors:
@@ -150,7 +153,7 @@ class Calibrated(Detector):
                 f"a reference of {len(reference)} rows is too small to split", "freeze a larger one"
             )
         settings = [self.embedding_model, self.dimensions, self.topics, self.tail, self.seed]
-        texts = [[row.output for row in part] for part in (parts.mapped, parts.threshold)]
+        texts = [[self._text(row) for row in part] for part in (parts.mapped, parts.threshold)]
         key = hashlib.sha256(repr([settings, texts]).encode()).hexdigest()
         frozen = _FITTED.pop(key, None) or Frozen(
             self.embed(texts[0]),
@@ -164,6 +167,9 @@ class Calibrated(Detector):
         while len(_FITTED) > _MAPS_KEPT:
             _FITTED.popitem(last=False)
         return frozen
+
+    def _text(self, row: Row) -> str:
+        return row.output if self.side == "answers" else row.prompt
 
     def _most_novel(self, rows: Sequence[Row], distances: Floats) -> tuple[NovelExchange, ...]:
         order = np.argsort(-distances, kind="stable")[: self.examples]
@@ -221,17 +227,17 @@ def _above_chance(statistic: Floats) -> float:
     return float(statistic[0] - np.median(statistic[1:]))
 
 
-def _drivers(adjusted: dict[str, float], form: pd.DataFrame, compared: int) -> list[str]:
+def _drivers(adjusted: dict[str, float], form: pd.DataFrame, compared: int, side: str) -> list[str]:
     """What changed, strongest first; only what is significant by itself at 5 % after adjustment."""
     found = []
     for name, p in sorted(adjusted.items(), key=lambda item: item[1]):
         if p >= 0.05:
             continue
-        found.append(f"{_WORDS[name]} (adjusted p {p:.3f})")
+        found.append(f"{_WORDS[name].format(side=side)} (adjusted p {p:.3f})")
         if name == "form":
             moved = _moved(form, compared)
             found += [
-                f"{in_words(f'answer_{c}')}: {a:.3g} on average before, {b:.3g} now" for c, a, b in moved
+                f"{in_words(f'{side[:-1]}_{c}')}: {a:.3g} on average before, {b:.3g} now" for c, a, b in moved
             ]
     return found
 

@@ -75,13 +75,16 @@ def test_too_few_sessions_are_insufficient_never_stable():
         DETECTOR.detect(rows(ORDINARY, 80, 0), one[: 19 * 4])
     reference = Reference(id="r", model="shop", version=1, rows=tuple(rows(ORDINARY, 80, 0)))
     given = [exchange(r) for r in rows(ORDINARY, 60, 7, "w")]
-    report = check_window(reference, given, MonitorSection(), detector=Words(min_reference=81))
+    report = check_window(
+        reference, given, MonitorSection(min_rows=50), detector=Words(min_reference=81)
+    ).report
     assert report.status == "insufficient"
     assert report.p_value is None
     assert "the reference has 80 sessions, at least 81 are needed" in report.summary
-    enough = check_window(reference, given, MonitorSection(), detector=Words(**SMALL))
+    enough = check_window(reference, given, MonitorSection(min_rows=50), detector=Words(**SMALL)).report
     assert enough.status == "stable"
-    assert enough.id == check_window(reference, given, MonitorSection(), detector=Words(**SMALL)).id
+    again = check_window(reference, given, MonitorSection(min_rows=50), detector=Words(**SMALL))
+    assert enough.id == again.report.id
 
 
 def test_neither_order_nor_cache_changes_what_is_found(tmp_path):

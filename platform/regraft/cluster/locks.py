@@ -54,9 +54,12 @@ def cluster_lock(name: str, *, patience: float = 600.0) -> Iterator[None]:
         ServiceError: If another holds it for longer.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     deadline = time.monotonic() + patience
-    while (lock := claim(f"lock:{name}", _Lock)) is None:
+    # On another node it could die before its holder does, and let a second one in.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    while (lock := claim(f"lock:{name}", _Lock, scheduling_strategy=here)) is None:
         if time.monotonic() > deadline:
             raise ServiceError(
                 f"{name} has been locked for {patience:.0f} s by another process of the cluster",

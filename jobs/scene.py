@@ -1,0 +1,147 @@
+"""What a round of the monitor works on: the champion, its reference, its exchanges, one window's check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from jobs.console import Say
+from jobs.quality import judge_scores, late_scores
+from jobs.references import captured, feedback_of, reference_of
+from jobs.workspace import Connection
+from monitoring.check import Checked, check_window, detector_of
+from monitoring.detectors import Calibrated
+from monitoring.quality import quality_signals
+from monitoring.sequential import DRIFT, PROMPTS
+from monitoring.windows import Reference
+from regraft.config import Experiment
+from regraft.errors import RegraftError
+from regraft.records import CapturedExchange, DriftReport, Evidence, Feedback, ModelVersion
+from regraft.tracking.ledger import Ledger
+
+
+class Scene(NamedTuple):
+    """The champion of an experiment, and what its traffic is held against, at one moment."""
+
+    path: Path
+    experiment: Experiment
+    connection: Connection
+    ledger: Ledger
+    champion: ModelVersion
+    reference: Reference
+    feedback: Sequence[Feedback]
+    now: datetime
+    say: Say
+
+    @classmethod
+    def of(cls, path: Path, experiment: Experiment, connection: Connection, now: datetime, say: Say) -> Scene:
+        """The present scene.
+
+        Raises:
+            RegraftError: If there is no champion or it has no reference.
+        """
+        champion = connection.registry.by_alias(experiment.name, "champion")
+        if champion is None:
+            raise RegraftError(f"{experiment.name} has no champion to watch", "run `regraft sweep` first")
+        return cls(
+            path,
+            experiment,
+            connection,
+            Ledger(connection.tracker(experiment)),
+            champion,
+            reference_of(champion, connection),
+            feedback_of(experiment, connection),
+            now,
+            say,
+        )
+
+    def exchanges(self, start: datetime | None, end: datetime | None) -> list[CapturedExchange]:
+        """What the champion answered in a stretch of time, oldest first, without what nobody saw."""
+        found = captured(self.experiment, self.connection).read(
+            start=start, end=end, model=self.champion.name, version=self.champion.version
+        )
+        return [e for e in found if e.variant != "shadow"]
+
+    def latest(self) -> DriftReport | None:
+        """The last report against the present reference, without the evidence of alarms that were dealt with.
+
+        That has to be gathered anew: what a retraining or a rollback did not mend raises another alarm.
+        """
+        report = self.ledger.latest(self.champion.name, self.champion.version, self.reference.id)
+        if report is None:
+            return None
+        raised = {e.alarmed_by for e in report.evidence.values() if e.alarmed_by}
+        dealt = {
+            decision.alarm_id
+            for decision in (self.ledger.decisions(report.model) if raised else ())
+            if decision.alarm_id in raised
+            and decision.action in {"retrain", "roll_back"}
+            and self.ledger.outcome(decision.id) is not None
+        }
+        evidence = {n: Evidence() if e.alarmed_by in dealt else e for n, e in report.evidence.items()}
+        return report.model_copy(update={"evidence": evidence})
+
+    def check(
+        self,
+        exchanges: Sequence[CapturedExchange],
+        previous: DriftReport | None,
+        start: str = "",
+        end: str = "",
+    ) -> Checked:
+        """Compare exchanges with the reference, and add what they say to the evidence of `previous`."""
+        monitor, retrain = self.experiment.monitor, self.experiment.retrain
+        cache = self.connection.workspace / "embeddings"
+        detector = detector_of(monitor, cache)
+        explainer = Calibrated(cache=cache)
+        if isinstance(detector, Calibrated):
+            # As many strange exchanges as a reviewer may be given; a page shows the first few.
+            detector = detector.model_copy(update={"examples": max(detector.examples, retrain.collect)})
+            explainer = detector
+        quality = quality_signals(
+            exchanges,
+            self.reference.quality,
+            monitor.quality,
+            feedback=self.feedback,
+            late_scores=late_scores(
+                # Corrections come mostly on wrong answers: beside evaluation scores they would fake a drop.
+                self.experiment,
+                exchanges,
+                self.feedback,
+                self.say,
+                corrections=False,
+            ),
+            judged=judge_scores(self.experiment, exchanges, self.say),
+        )
+        evidence = previous.evidence if previous else {}
+        grown = min((e.since for n, e in evidence.items() if n in (DRIFT, PROMPTS) and e.since), default="")
+        before = self.exchanges(_time(grown), _time(start)) if grown and start else []
+        return check_window(
+            self.reference,
+            exchanges,
+            monitor,
+            detector=detector,
+            explainer=explainer,
+            previous=previous,
+            quality=quality,
+            since_growth=[*before, *exchanges],
+            start=start,
+            end=end,
+        )
+
+    def page(self, report: DriftReport) -> Path:
+        """Where the page of a report is written."""
+        folder = self.connection.workspace / "reports"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"drift-{self.experiment.name}-{report.id}.html"
+
+
+def when(exchange: CapturedExchange) -> datetime:
+    """When an exchange began, with its zone."""
+    return _time(exchange.created)
+
+
+def _time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time
