@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 E = TypeVar("E", CapturedExchange, Begun)
 #: Lines of the spool that are looked at together.
 _SOME = 1000
+#: Exchanges of the archive that are made at once.
+_FEW = 250
 #: Bytes after which a spool file is finished and another begun.
 MAX_BYTES = 64 * 2**20
 
@@ -192,8 +194,10 @@ class CaptureStore:
             return
         # What was read in the spool, and shipped since, is left out whole.
         for part in Archive(self.archive).parts(wanted, list(CapturedExchange.model_fields), without=files):
-            found = from_arrow(part)
-            yield from compress(found, seen.fresh([exchange.id for exchange in found]))
+            fresh = seen.fresh(part["id"].to_pylist())
+            # Few at a time: those that live long, Python's garbage collector goes through again and again.
+            for at in range(0, len(part), _FEW):
+                yield from compress(from_arrow(part.slice(at, _FEW)), fresh[at:])
 
     def times(
         self,
