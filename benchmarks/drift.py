@@ -16,6 +16,9 @@ object at the end:
 - `alarm_delay_windows_median`: windows with 20 % of sessions on new topics until the sequential alarm, after
   three ordinary ones; a stream that raises none within twelve counts as infinite (null).
 
+- `quality_..._found_in_one_window`: a fifth, or two fifths, of the answers go wrong (`drift_quality.py`).
+- `report_100k_vs_evidently`: what a report over 100,000 exchanges costs (`drift_report.py`).
+
 And, unless quick, how often an alarm is explained rightly (`drift_kinds.py`).
 
 `evidently_...` is DataDriftPreset with its defaults on the descriptors of the same texts and the same
@@ -46,6 +49,8 @@ os.environ["DO_NOT_TRACK"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import drift_kinds
+import drift_quality
+import drift_report
 import numpy as np
 from drift_traffic import SOURCES, Texts, flat, read, sessions
 
@@ -109,12 +114,23 @@ def main() -> None:
         for seed in range(kinds)
         for kind in drift_kinds.KINDS
     ]
+    jobs += [
+        partial(drift_quality.collapse, settings.data, seed, kind, wrong)
+        for seed in range(streams)
+        for kind, wrong in [
+            ("none", 0.0),
+            *((k, s) for k in drift_quality.KINDS for s in drift_quality.SHARES),
+        ]
+    ]
     with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
         found = []
         for result in pool.map(call, jobs):
             found.append(result)
             say(json.dumps({k: v for k, v in result.items() if k != "p_values"}))
-    sys.stdout.write(json.dumps(figures(found) | {"seconds": round(time.monotonic() - began)}) + "\n")
+    report = drift_report.report_100k(settings.data, settings.quick)
+    sys.stdout.write(
+        json.dumps(figures(found) | report | {"seconds": round(time.monotonic() - began)}) + "\n"
+    )
 
 
 def call(job: Callable[[], Found]) -> Found:
@@ -250,6 +266,7 @@ def figures(found: list[Found]) -> Found:
             made[f"{prefix}power_new_topics_{name}_by_source"] = by_source
         ordinary_windows = [f[f"{name} none"][rule] for f in singles for name in POWER]
         made[f"{prefix}single_false_alarm_rate"] = share(ordinary_windows)
+    made |= drift_quality.tabled([f for f in found if f["job"] == "quality"])
     if explained := [f for f in found if f["job"] == "kind"]:
         made["explained"] = drift_kinds.tabled(explained)
     made["drift_streams"] = len(storms)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from jobs.console import Say, console, say, show_drift
 from jobs.decisions import carry_out, facts_of, reconcile
 from jobs.references import freeze_traffic
-from jobs.scene import Scene, when
+from jobs.scene import Scene
 from jobs.telling import Teller
 from jobs.workspace import Connection, Workspace
 from monitoring.check import Checked
@@ -94,7 +94,7 @@ def look(
     from monitoring.report import write_report
 
     scene = Scene.of(Path(), experiment, connection, datetime.now(UTC), say)
-    checked = scene.check(scene.exchanges(start, end), None)
+    checked = scene.check(scene.sample(start, end).exchanges, None)
     html = scene.page(checked.report)
     write_report(
         html, checked.report, detection=checked.detection, reference=checked.reference, window=checked.window
@@ -123,7 +123,7 @@ def _with_traffic(scene: Scene) -> Scene:
     if last is not None and last.kind in _FAULTS:
         return scene
     frozen = freeze_traffic(
-        scene.experiment, scene.champion, reference, scene.exchanges(None, scene.now), scene.feedback,
+        scene.experiment, scene.champion, reference, scene.first, scene.feedback,
         scene.connection, scene.say,
     )  # fmt: skip
     return scene if frozen is None else scene._replace(reference=frozen)
@@ -135,45 +135,40 @@ def _rounds(scene: Scene, teller: Teller, *, close: bool, act: bool) -> Iterator
     previous = scene.latest()
     reached = (previous.covered if previous else "") or scene.reference.until
     covered = datetime.fromisoformat(reached) if reached else None
-    exchanges = scene.exchanges(covered, scene.now)
-    if previous is None and scene.reference.until:
-        # Windows begin after the last exchange of the reference, not with it.
-        exchanges = [e for e in exchanges if e.created > scene.reference.until]
+    if covered is not None and not (previous and previous.covered):
+        covered += timedelta(microseconds=1)  # after the last exchange of the reference
+    times = scene.times(covered)
     if covered is None:
-        covered = when(exchanges[0]) if exchanges else scene.now
-    every = timedelta(seconds=monitor.every_seconds)
-    ticks = due(covered, scene.now, every, settle=settling(scene.experiment.serve))
-    times = [(when(e), e.session) for e in exchanges]
+        covered = times[0][0] if times else scene.now
+    ticks = due(
+        covered, scene.now, timedelta(seconds=monitor.every_seconds), settle=settling(scene.experiment.serve)
+    )
     spans = list(close_windows(times, covered, ticks, monitor.min_rows).closed)
     at = spans[-1][1] if spans else covered
     if close and at < scene.now:
         spans.append((at, scene.now))
-    for start, end in spans:
-        inside = [e for e in exchanges if start <= when(e) < end]
-        watched = _one(scene, inside, previous, (start, end), act=act)
+    for span in spans:
+        watched = _one(scene, previous, span, act=act)
         teller.checked(watched.report, watched.decision)
         previous = scene.latest()
         yield watched
 
 
 def _one(
-    scene: Scene,
-    exchanges: Sequence[CapturedExchange],
-    previous: DriftReport | None,
-    span: tuple[datetime, datetime],
-    *,
-    act: bool,
+    scene: Scene, previous: DriftReport | None, span: tuple[datetime, datetime], *, act: bool
 ) -> Watched:
     """Check a window, decide, write it all down, and only then act: what is cut short is found again."""
     from monitoring.report import write_report
 
     start, end = (time.astimezone(UTC).isoformat(timespec="microseconds") for time in span)
-    checked = scene.check(exchanges, previous, start, end)
-    report, ledger = checked.report, scene.ledger
-    scene.say(f"{len(exchanges)} exchanges of {scene.champion.served_id}, {start} to {end}: {report.status}")
+    sample = scene.sample(*span)
+    checked = scene.check(sample.exchanges, previous, start, end)
+    report = checked.report.model_copy(update={"exchanges": sample.total})
+    ledger = scene.ledger
+    scene.say(f"{sample.total} exchanges of {scene.champion.served_id}, {start} to {end}: {report.status}")
     facts = facts_of(
         scene.experiment, scene.connection, scene.champion, report, ledger, now=scene.now,
-        exchanges=exchanges, reference=checked.reference, feedback=scene.feedback,
+        exchanges=sample.exchanges, reference=checked.reference, feedback=scene.feedback,
     )  # fmt: skip
     decision = decide(report, scene.experiment.retrain, facts, now=scene.now)
     html = scene.page(report)
@@ -193,7 +188,7 @@ def _one(
         rows = [*(n.row.id for n in checked.detection.novel)] if checked.detection else []
         carry_out(
             scene.path, scene.experiment, decision, scene.connection, ledger, scene.say,
-            drifted=_drifted(exchanges, rows),
+            drifted=_drifted(sample.exchanges, rows),
         )  # fmt: skip
     return Watched(report, decision, html)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs.console import Say
@@ -60,7 +60,7 @@ def freeze_traffic(
     experiment: Experiment,
     version: ModelVersion,
     before: Reference,
-    exchanges: Sequence[CapturedExchange],
+    first: Callable[[Callable[[Sequence[CapturedExchange]], bool]], Sequence[CapturedExchange]],
     feedback: Sequence[Feedback],
     connection: Connection,
     say: Say,
@@ -71,7 +71,7 @@ def freeze_traffic(
         experiment: Whose endpoint.
         version: The champion.
         before: The reference of its evaluation, whose scores are kept.
-        exchanges: The version's own, from its first on.
+        first: Gives the version's own exchanges from its first on, until there are enough.
         feedback: On them.
         connection: Where things are.
         say: Where lines go.
@@ -81,6 +81,7 @@ def freeze_traffic(
     """
     wanted = experiment.monitor.reference_rows
     disliked = frozenset(f.answer_id for f in feedback if f.score is not None and f.score < 0)
+    exchanges = first(lambda found: accepted(found, disliked, wanted) is not None)
     taken = accepted(exchanges, disliked, wanted)
     if taken is None:
         return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +14,16 @@ from jobs.workspace import Connection
 from monitoring.check import Checked, check_window, detector_of
 from monitoring.detectors import Calibrated
 from monitoring.quality import quality_signals
+from monitoring.sampling import Sampled, sampled_exchanges
 from monitoring.sequential import DRIFT, PROMPTS
 from monitoring.windows import Reference
 from regraft.config import Experiment
 from regraft.errors import RegraftError
 from regraft.records import CapturedExchange, DriftReport, Evidence, Feedback, ModelVersion
 from regraft.tracking.ledger import Ledger
+
+#: Sessions of a window that quality is measured on at most; drift looks at `monitor.max_rows` of them.
+MOST_SESSIONS = 20_000
 
 
 class Scene(NamedTuple):
@@ -57,12 +61,34 @@ class Scene(NamedTuple):
             say,
         )
 
-    def exchanges(self, start: datetime | None, end: datetime | None) -> list[CapturedExchange]:
-        """What the champion answered in a stretch of time, oldest first, without what nobody saw."""
-        found = captured(self.experiment, self.connection).read(
-            start=start, end=end, model=self.champion.name, version=self.champion.version
-        )
-        return [e for e in found if e.variant != "shadow"]
+    def sample(self, start: datetime | None, end: datetime | None) -> Sampled:
+        """What the champion answered in a stretch of time; of more than can be looked at, whole sessions."""
+        store = captured(self.experiment, self.connection)
+        model, version = self.champion.name, self.champion.version
+        stream = store.stream(start=start, end=end, model=model, version=version)
+        return sampled_exchanges(stream, MOST_SESSIONS, salt=f"{start}")
+
+    def times(self, start: datetime | None) -> list[tuple[datetime, str | None]]:
+        """When the champion's sessions began, as far as windows are closed by them."""
+        monitor = self.experiment.monitor
+        return captured(self.experiment, self.connection).times(
+            every=timedelta(seconds=monitor.every_seconds), most=monitor.min_rows, start=start, end=self.now,
+            model=self.champion.name, version=self.champion.version,
+        )  # fmt: skip
+
+    def first(self, enough: Callable[[Sequence[CapturedExchange]], bool]) -> list[CapturedExchange]:
+        """The champion's first exchanges, oldest first, until there are enough of them or no more."""
+        store = captured(self.experiment, self.connection)
+        at = min((time for time, _ in self.times(None)), default=self.now)
+        found: list[CapturedExchange] = []
+        stretch = timedelta(minutes=1)
+        while at < self.now and not enough(found):
+            end = min(at + stretch, self.now)
+            some = store.read(start=at, end=end, model=self.champion.name, version=self.champion.version)
+            found += [e for e in some if e.variant != "shadow"]
+            # Little traffic: longer stretches, so that a year is not read minute by minute.
+            at, stretch = end, stretch if len(some) > MOST_SESSIONS else 2 * stretch
+        return found
 
     def latest(self) -> DriftReport | None:
         """The last report against the present reference, without the evidence of alarms that were dealt with.
@@ -116,7 +142,7 @@ class Scene(NamedTuple):
         )
         evidence = previous.evidence if previous else {}
         grown = min((e.since for n, e in evidence.items() if n in (DRIFT, PROMPTS) and e.since), default="")
-        before = self.exchanges(_time(grown), _time(start)) if grown and start else []
+        before = self.sample(_time(grown), _time(start)).exchanges if grown and start else ()
         return check_window(
             self.reference,
             exchanges,
@@ -135,11 +161,6 @@ class Scene(NamedTuple):
         folder = self.connection.workspace / "reports"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"drift-{self.experiment.name}-{report.id}.html"
-
-
-def when(exchange: CapturedExchange) -> datetime:
-    """When an exchange began, with its zone."""
-    return _time(exchange.created)
 
 
 def _time(text: str) -> datetime:

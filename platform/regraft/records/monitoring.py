@@ -136,6 +136,7 @@ class DriftReport(Record):
     """What a drift check saw in one window, whatever the answer was.
 
     Attributes:
+        exchanges: All that the window had; `rows` of them were compared, one a session and prompt.
         status: `insufficient`: too little to tell; `stable`; `suspected`: this window alone looks changed,
             the checks together do not yet; `drift`: the alarm is raised and the change large enough.
         evidence: After this check, by name of what was asked: `drift`, and the quality signals.
@@ -151,6 +152,7 @@ class DriftReport(Record):
     reference_id: str
     window_start: str
     window_end: str
+    exchanges: int = 0
     rows: int
     reference_rows: int
     status: Literal["stable", "suspected", "drift", "insufficient"]
