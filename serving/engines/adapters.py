@@ -55,6 +55,11 @@ class Adapter(NamedTuple):
             return self.prefix[0][0].shape[1]
         return 0 if self.embeddings is None else len(self.embeddings)
 
+    @property
+    def rank(self) -> int:
+        """The largest of its layers' ranks."""
+        return max((len(down) for down, _ in self.low_rank.values()), default=0)
+
 
 def read_adapter(folder: Path, base: Any) -> Adapter:
     """Read a PEFT adapter for a base.

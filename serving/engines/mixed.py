@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from serving.engines.adapters import Adapter
+from serving.engines.compiled import kernels
+from serving.engines.looped import MOST_RANKS, Looped, laid_out
 from serving.engines.tables import LayerTables, RowTables, Tables
 
 #: Sets of adapters whose stacked tensors are kept; a batch of one set is followed by one that is like it.
@@ -43,13 +45,18 @@ class MixedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, of shape (rows, tokens, outputs), for inputs (rows, tokens, inputs)."""
-        tables = self._mix.tables
+        mix = self._mix
+        if mix.looped is not None and x.shape[1] == 1 and x.dtype is mix.looped.dtype:
+            return mix.looped.output(self.name, self.inner, x)
+        if not mix.changed:
+            return self.inner(x)  # type: ignore[no-any-return]
+        if x.shape[1] > 1 and mix.spans_apart:
+            return self._by_span(x)
+        tables = mix.tables
         own = None if tables is None else tables.layers.get(self.name)
         if tables is None or own is None:
             return self.inner(x)  # type: ignore[no-any-return]
-        if x.shape[1] > 1 and self._mix.spans_apart:
-            return self._by_span(x)
-        return self._together(x, own, tables.of_rows(own, self._mix.rows, self._mix.changes))
+        return self._together(x, own, tables.of_rows(own, mix.rows, mix.changes))
 
     def _together(self, x: torch.Tensor, own: LayerTables, here: RowTables) -> torch.Tensor:
         """Rows in any order: each goes through all adapters, of which its own counts."""
@@ -109,8 +116,14 @@ class Mix:
         self._next = 1
         self._wrapped: dict[str, MixedLinear] = {}
         self._stacked: dict[tuple[int, ...], Tables] = {}
-        #: Of the present batch.
-        self.tables: Tables | None = None
+        self._loops = kernels(base)
+        self._all_looped: Looped | None = None
+        #: Of the present batch: the adapters as compiled loops read them, where those are quicker.
+        self.looped: Looped | None = None
+        #: Whether any row's adapter changes a layer.
+        self.changed = False
+        self._key: tuple[int, ...] = ()
+        self._tables: Tables | None = None
         #: Each row's place in them.
         self.places: Sequence[int] = ()
         self.rows = torch.zeros(0, dtype=torch.long)
@@ -131,13 +144,15 @@ class Mix:
                 self._wrapped[name] = MixedLinear(name, inner, self)
                 setattr(self._base.get_submodule(parent), last, self._wrapped[name])
         number, self._next = self._next, self._next + 1
-        self._adapters[number] = adapter
+        self._adapters[number] = adapter if self._loops is None else laid_out(adapter)
+        self._read_all()
         return number
 
     def remove(self, number: int) -> None:
         """Let an adapter go; no row may have it any more."""
         del self._adapters[number]
         self._stacked = {key: tables for key, tables in self._stacked.items() if number not in key}
+        self._read_all()
 
     def adapter(self, number: int) -> Adapter:
         """One of them; 0 is the base alone."""
@@ -149,20 +164,20 @@ class Mix:
             return
         self._numbers, self.changes = tuple(numbers), self.changes + 1
         active = tuple(sorted({n for n in numbers if self._changes_layers(n)}))
+        self.changed, self.looped = bool(active), None
         if not active:
-            self.tables, self.places = None, ()
+            self._key, self._tables, self.places = (), None, ()
             return
+        if self._all_looped and sum(self._adapters[n].rank for n in numbers) <= MOST_RANKS:
+            self.looped = self._all_looped
+            self.looped.select(numbers)
         alone = len(active) == 1 and all(n == active[0] for n in numbers)
         # Rows of the base alone have a place of their own, of which nothing is any adapter's.
         key = self._of_all() or (active if alone else (0, *active))
         # One that holds these is good for them too: adapters come and go between steps.
         kept = (k for k in self._stacked if set(key) <= set(k) and len(k) <= 2 * len(key))
         key = min(kept, key=len, default=key)
-        if key not in self._stacked:
-            while len(self._stacked) >= _KEPT:
-                self._stacked.pop(next(iter(self._stacked)))
-            self._stacked[key] = Tables([self._adapters[n] for n in key])
-        self.tables = self._stacked[key]
+        self._key, self._tables = key, self._stacked.get(key)
         places = {n: place for place, n in enumerate(key)}
         self.places = [places.get(n, 0) for n in numbers]
         self.rows = torch.tensor(self.places, device=self._base.device)
@@ -174,6 +189,16 @@ class Mix:
         # What a span saves is arithmetic, which a GPU has; what it costs is launches.
         changed = sum(number in active for number, _ in groupby(numbers))
         self.spans_apart = self._base.device.type == "cpu" or changed <= _FEW_SPANS
+
+    @property
+    def tables(self) -> Tables | None:
+        """All adapters' tensors together; stacked when they are first looked at."""
+        if self._tables is None and self._key:
+            while len(self._stacked) >= _KEPT:
+                self._stacked.pop(next(iter(self._stacked)))
+            self._tables = Tables([self._adapters[n] for n in self._key])
+            self._stacked[self._key] = self._tables
+        return self._tables
 
     @contextmanager
     def reading(self, places: torch.Tensor) -> Iterator[None]:
@@ -196,6 +221,12 @@ class Mix:
         """The set of all adapters, where it is small enough to serve every batch; else an empty one."""
         known = tuple(n for n in self._adapters if self._changes_layers(n))
         return (0, *known) if 1 < len(known) <= _FEW_ADAPTERS.get(self._base.device.type, 0) else ()
+
+    def _read_all(self) -> None:
+        """Have the loops read the adapters that there are now."""
+        if self._loops is not None:
+            self._numbers, self.looped = (-1,), None
+            self._all_looped = Looped(self._loops, self._base.dtype, self._adapters)
 
     def _changes_layers(self, number: int) -> bool:
         adapter = self._adapters[number]

@@ -41,14 +41,15 @@ class _Product:
     def weight(self, part: int) -> torch.Tensor:
         """One layer's weights as they were; unpacked anew each time where nobody else holds them."""
         whole: torch.Tensor = self._packed.to_dense() if self._plain is None else self._plain
-        return whole.split(self._sizes)[part]
+        parts: Sequence[torch.Tensor] = torch.split(whole, self._sizes)
+        return parts[part]
 
     def output(self, part: int, x: torch.Tensor) -> torch.Tensor:
         """One layer's output. Those of the others are kept until they are asked for the same `x`."""
         if len(self._sizes) == 1:
             return self._multiply(x)
         if self._read is not x or self._left[part] is None:
-            self._read, self._left = x, list(self._multiply(x).split(self._sizes, dim=-1))
+            self._read, self._left = x, list(torch.split(self._multiply(x), self._sizes, dim=-1))
         found, self._left[part] = self._left[part], None
         if all(other is None for other in self._left):
             self._read = None

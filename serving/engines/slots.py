@@ -26,8 +26,10 @@ from serving.engines.base import (
     QueueFullError,
     Stream,
 )
+from serving.engines.compiled import kernels
 from serving.engines.mixed import Mix, alike
 from serving.engines.packed import pack
+from serving.engines.plain import replace_plain
 from serving.engines.rows import OwnEngine, Row, draw
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class SlotsBase:
     def __init__(self, base: Any, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits) -> None:
         self.base, self.tokenizer, self.limits = base, tokenizer, limits
         pack(base)
+        replace_plain(base)
         self.mix = Mix(base)
         self.encoding = threading.Lock()
         self._changed = threading.Condition()
@@ -254,8 +257,7 @@ class SlotsBase:
 
     def _say(self, rows: Sequence[_Asked], logits: torch.Tensor) -> None:
         """Give each row its next token."""
-        # The same as `argmax`, which takes five times as long for bf16 on a CPU (torch 2.13).
-        likeliest = logits.max(-1).indices.tolist()
+        likeliest = self._likeliest(logits).tolist()
         for index, row in enumerate(rows):
             if row.done:
                 continue
@@ -263,6 +265,16 @@ class SlotsBase:
             row.token = draw(row, logits[index]) if sampled else likeliest[index]
             told = row.request.logprobs is not None
             row.take(row.token, self._eos, logits[index] if told else None)
+
+    def _likeliest(self, logits: torch.Tensor) -> torch.Tensor:
+        loops = kernels(self.base) if logits.dtype is self.base.dtype and logits.stride(1) == 1 else None
+        if loops is None:
+            # The same as `argmax`, which takes five times as long for bf16 on a CPU (torch 2.13).
+            return logits.max(-1).indices
+        found = torch.empty(len(logits), dtype=torch.long)
+        find = loops.highest(logits.dtype is torch.bfloat16)
+        find(logits.data_ptr(), found.data_ptr(), (*logits.shape, logits.stride(0)))
+        return found
 
     def _sweep_out(self) -> None:
         """Free the slots of those who are done."""

@@ -24,6 +24,7 @@ class Base(nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.layer: nn.Module = nn.Linear(INPUTS, OUTPUTS, dtype=dtype)
 
 
@@ -59,8 +60,12 @@ def alone(layer: nn.Linear, adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_each_row_is_its_own_adapters(tokens: int, apart: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("loops", ["0", "1"])
+def test_each_row_is_its_own_adapters(
+    loops: str, tokens: int, apart: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By whichever way, and when rows come and go: all adapters at once, two of them, one, none."""
+    monkeypatch.setenv("REGRAFT_KERNELS", loops)
     torch.manual_seed(0)
     base = Base(dtype)
     inner = base.layer
@@ -126,3 +131,23 @@ def test_an_adapter_is_read_the_same_for_a_base_that_is_packed(
         assert wanted.out_scale
         assert found.out_scale.keys() == wanted.out_scale.keys()
         assert all(torch.equal(found.out_scale[n], scale) for n, scale in wanted.out_scale.items())
+
+
+def test_layers_that_read_the_same_are_one_product(base_folder: Path) -> None:
+    """Whatever they are asked in which order, and when one of them reads something else."""
+    plain, packed = (
+        parse_method({"name": "zero_shot"}).load_base(base_folder, "bfloat16", "cpu") for _ in "ab"
+    )
+    pack(packed)
+    torch.manual_seed(0)
+    some, other = (torch.randn(3, 1, plain.config.hidden_size, dtype=torch.bfloat16) for _ in "ab")
+    wanted, found = (base.model.layers[0].self_attn for base in (plain, packed))
+    asked = [("q_proj", some), ("k_proj", some), ("v_proj", some), ("v_proj", some), ("q_proj", some)]
+    asked += [("k_proj", other), ("q_proj", other), ("k_proj", some), ("v_proj", other)]
+    with torch.inference_mode():
+        for name, x in asked:
+            out = getattr(found, name)(x)
+            torch.testing.assert_close(out, getattr(wanted, name)(x), rtol=1e-2, atol=1e-2)
+            out.zero_()  # what was given belongs to who asked
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert torch.equal(getattr(found, name).weight, getattr(wanted, name).weight)

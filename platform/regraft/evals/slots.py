@@ -30,6 +30,9 @@ ROOM = 64
 #: plain step took 50 ms with it and 13 ms without (1.7B parameters, 32 rows, H100, torch 2.11).
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+#: The name under which transformers knows serving's own attention (`serving.engines.attention`).
+ROWS_ATTENTION = "regraft_rows"
+
 #: What a generation configuration may set without an effect on greedy decoding of a decoder.
 _NO_MATTER = {
     "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "num_beams", "early_stopping",
@@ -46,7 +49,8 @@ def understands(base: Any) -> bool:
     attention), models that prepare their inputs in a way of their own, and generation configurations that
     ask for more than the most likely token, such as a repetition penalty or suppressed tokens.
     """
-    if base.config.is_encoder_decoder or base.config._attn_implementation not in {"sdpa", "eager"}:
+    known = {"sdpa", "eager", ROWS_ATTENTION}
+    if base.config.is_encoder_decoder or base.config._attn_implementation not in known:
         return False
     if type(base).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
         return False

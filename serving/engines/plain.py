@@ -1,0 +1,188 @@
+"""Modules of a model that compute what a compiled loop computes, which then takes their place in decoding.
+
+A step of a few rows is otherwise a good many small operations: eight for a normalisation, ten for turning
+queries and keys by their positions. A module is replaced where its numbers are the loop's on a trial, and
+only for rows of one token; attention where also its code is Llama's.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import textwrap
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from serving.engines.attention import attend_by_rows, attention
+from serving.engines.compiled import HALF, kernels
+
+_log = logging.getLogger(__name__)
+
+#: How far a trial may be from the module, as a share of its largest number: rounding stays below, and another
+#: formula far above.
+_APART = {torch.bfloat16: 0.02, torch.float32: 1e-4}
+#: What modules read on trial: normalisations tell small numbers from what they add to the mean of squares.
+_SPREADS = (3.0, 1.0, 1e-2, 1e-3)
+
+
+@torch.inference_mode()
+def replace_plain(base: Any) -> int:
+    """Replace what can be replaced in a model that answers and is not trained any more, if loops can be had.
+
+    Args:
+        base: The transformers model.
+
+    Returns:
+        How many modules were.
+    """
+    if kernels(base) is None:
+        return 0
+    attends = attend_by_rows(base)
+    count = 0
+    for module in base.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            count += _replace(module, _norm, _norm_trial, base.dtype)
+        elif {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys():
+            count += _replace(module, _gated, _gated_trial, base.dtype)
+        elif attends and {"q_proj", "k_proj", "v_proj", "o_proj"} <= module._modules.keys():
+            kind: Any = type(module)
+            count += _is_llamas(kind) and _replace(module, _attends, _attends_trial, base.dtype)
+    return count
+
+
+def _replace(
+    module: Any, loop: Callable[..., Any], trial: Callable[[Any, torch.dtype], list[Any]], dtype: torch.dtype
+) -> bool:
+    """Let a loop answer for a module if it answers as the module does."""
+    plain = module.forward
+    answer = partial(loop, module, plain)
+    try:
+        alike = all(_alike(plain(*given), answer(*given)) for given in trial(module, dtype))
+    except Exception as error:  # it only bears the names
+        _log.debug("%s stays as it is: %s: %s", type(module).__name__, type(error).__name__, error)
+        return False
+    if alike:
+        module.forward = answer
+    return alike
+
+
+def _alike(wanted: Any, found: Any) -> bool:
+    """Whether two answers are the same but for rounding."""
+    wanted, found = (answer[0] if isinstance(answer, tuple) else answer for answer in (wanted, found))
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    return bool((found - wanted).abs().max() <= _APART[wanted.dtype] * wanted.abs().max())
+
+
+def _random(width: int, dtype: torch.dtype, spread: float = 1.0) -> torch.Tensor:
+    some = torch.randn(2, 1, width, generator=torch.Generator().manual_seed(1))
+    return some.mul(spread).to(dtype)
+
+
+def _norm(module: Any, plain: Any, x: torch.Tensor) -> Any:
+    dtype, width = x.dtype, x.shape[-1]
+    if x.shape[1] != 1 or not x.is_contiguous() or module.weight.dtype is not dtype or dtype not in HALF:
+        return plain(x)
+    from serving.engines import kernels as loops
+
+    out = torch.empty_like(x)
+    sizes = (x.numel() // width, width)
+    epsilon = getattr(module, "variance_epsilon", None) or module.eps
+    loops.norm(HALF[dtype])(x.data_ptr(), module.weight.data_ptr(), out.data_ptr(), sizes, epsilon)
+    return out
+
+
+def _norm_trial(module: Any, dtype: torch.dtype) -> list[Any]:
+    width = len(module.weight)
+    return [(_random(width, dtype, s),) for s in _SPREADS]
+
+
+def _gated(module: Any, plain: Any, x: torch.Tensor) -> Any:
+    if x.shape[1] != 1 or x.dtype not in HALF:
+        return plain(x)
+    from serving.engines import kernels as loops
+
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    sizes = (len(x), gate.shape[2], gate.stride(0), up.stride(0))
+    loops.gated(HALF[x.dtype])(gate.data_ptr(), up.data_ptr(), out.data_ptr(), sizes)
+    return module.down_proj(out)
+
+
+def _gated_trial(module: Any, dtype: torch.dtype) -> list[Any]:
+    width = module.down_proj.out_features
+    return [(_random(width, dtype, s),) for s in _SPREADS[:2]]
+
+
+def _attends(
+    module: Any,
+    plain: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **more: Any,
+) -> Any:
+    x, turns = hidden_states, position_embeddings
+    if x.shape[1] != 1 or turns is None or past_key_values is None or x.dtype not in HALF:
+        return plain(
+            hidden_states=x, position_embeddings=turns, attention_mask=attention_mask,
+            past_key_values=past_key_values, **more,
+        )  # fmt: skip
+    from serving.engines import kernels as loops
+
+    turn, rows, width = loops.turned(HALF[x.dtype]), len(x), module.head_dim
+    cosines, sines = turns
+    by_row = [0 if len(t) == 1 else t.stride(0) for t in turns]
+    # What a layer makes is nobody else's: it is turned where it stands.
+    q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+    for some in (q, k):
+        sizes = (rows, some.shape[2] // width, width, some.stride(0), *by_row)
+        turn(some.data_ptr(), cosines.data_ptr(), sines.data_ptr(), sizes)
+    q, k, v = (some.view(rows, 1, -1, width).transpose(1, 2) for some in (q, k, v))
+    keys, values = past_key_values.update(k, v, module.layer_idx)
+    out, _ = attention(module, q, keys, values, attention_mask, scaling=module.scaling, **more)
+    return module.o_proj(out.reshape(rows, 1, -1)), None
+
+
+def _attends_trial(module: Any, dtype: torch.dtype) -> list[Any]:
+    width = module.o_proj.out_features
+    angles = _random(module.head_dim, torch.float32)
+    turns = (angles.cos().to(dtype), angles.sin().to(dtype))
+    return [(_random(width, dtype), turns, None, _Forgets())]
+
+
+class _Forgets:
+    """Keys and values of nothing but the present token, and of one that is made up before."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give both."""
+        return torch.cat([keys.flip(-1), keys], dim=2), torch.cat([values.flip(-1), values], dim=2)
+
+
+@cache
+def _is_llamas(kind: Any) -> bool:
+    """Whether attention is written as Llama's, but for sliding windows, which masks say too."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    try:
+        return _meaning(kind) == _meaning(LlamaAttention)
+    except (OSError, SyntaxError):  # its source is not there
+        return False
+
+
+def _meaning(kind: Any) -> str:
+    found = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body[0]
+    assert isinstance(found, ast.FunctionDef)
+    for node in ast.walk(found):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        if isinstance(node, ast.Call):
+            node.keywords = [k for k in node.keywords if k.arg != "sliding_window"]
+        if isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return ast.dump(ast.Module([*found.args.args, *found.body], []))  # type: ignore[list-item]
