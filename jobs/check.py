@@ -25,11 +25,14 @@ def run(path: Path, *, cards: bool = False) -> None:
         if not any(source.glob("*.safetensors")):
             say(f"{source} has no weights: nothing else can be checked")
             return
+    from monitoring.check import detector_of
+
     dataset = load_dataset(experiment.name, experiment.data)
     for file in (experiment.retrain.reviewed, *experiment.retrain.evaluation.values()):
         if file is not None:
             read_chats(file)
     _check_storage(experiment)
+    detector_of(experiment.monitor)
     base = resolve(experiment.model.source, experiment.model.revision, say)
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in dataset.splits.items())
     console.print(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from regraft.config import Constraint, Experiment, GateSection, ServeSection, SweepSection
+from regraft.config import Constraint, Experiment, GateSection, MonitorSection, ServeSection, SweepSection
 from regraft.evals import METRIC_CLASSES, AnyMetric, Metric
 from regraft.methods import METHOD_CLASSES
 
@@ -56,6 +56,11 @@ class Polite(Metric):
 evaluate:
   metrics: [{name: rouge}, {name: "my_metrics:Polite", words: [danke, bitte]}]
 ```
+"""
+
+_DETECTORS = """## Detectors
+
+`monitor.detector` names one of these and sets its fields ([monitoring](monitoring.md)).
 """
 
 _METHODS = """## Methods
@@ -109,6 +114,8 @@ def schema() -> str:
 
 def markdown() -> str:
     """The reference as Markdown."""
+    from monitoring.detectors import DETECTOR_CLASSES
+
     parts = [_INTRO]
     for name, field in Experiment.model_fields.items():
         section = field.annotation
@@ -116,6 +123,7 @@ def markdown() -> str:
             doc = " ".join((section.__doc__ or "").split())
             parts.append(f"## `{name}`\n\n{doc}\n\n{_table(section)}")
     parts += [*_nested("sweep", SweepSection), *_nested("serve", ServeSection)]
+    parts += _nested("monitor", MonitorSection)
     gate = " ".join((GateSection.__doc__ or "").split())
     parts.append(f"### `select.gate`\n\n{gate}\n\n{_table(GateSection)}")
     parts.append(_METHODS)
@@ -124,6 +132,8 @@ def markdown() -> str:
     parts.append(_METRICS)
     parts += [_metric(metric) for metric in METRIC_CLASSES]
     parts.append(_OWN_METRICS)
+    parts.append(_DETECTORS)
+    parts += [_variant(detector) for detector in DETECTOR_CLASSES]
     return "\n".join(parts).rstrip() + "\n"
 
 
