@@ -185,7 +185,6 @@ def _one(
     report = report.model_copy(update={"run_id": run_id, "report_path": str(html)})
     decision = ledger.note(decision.model_copy(update={"run_id": run_id}))
     if act:
-        rows = [*(n.row.id for n in checked.detection.novel)] if checked.detection else []
         carry_out(
             scene.path, scene.experiment, decision, scene.connection, ledger, scene.say,
             drifted=_drifted(sample.exchanges, rows),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,12 +31,16 @@ SERVICE = frozenset({"error_rate", "empty_rate", "latency_p95_ms", "first_token_
 
 
 class Checked(NamedTuple):
-    """A check's report, and what the page for people is made of; the detection is that of the answers."""
+    """A check's report, and what the page for people is made of; the detection is that of the answers.
+
+    `drifted` are ids of exchanges, those that a reviewer should see first in front.
+    """
 
     report: DriftReport
     detection: Detection | None
     reference: list[Row]
     window: tuple[Row, ...]
+    drifted: tuple[str, ...] = ()
 
 
 def detector_of(settings: MonitorSection, cache: Path | None = None) -> Detector:
@@ -183,7 +188,8 @@ def check_window(
         }
     )
     words = summary(report, detector, detection, settings, window, lacking, explained.unclear)
-    return Checked(report.model_copy(update={"summary": words}), detection, before, window.rows)
+    report = report.model_copy(update={"summary": words})
+    return Checked(report, detection, before, window.rows, _drifted(detections, kind))
 
 
 def _detected(detector: Detector, reference: Sequence[Row], window: Sequence[Row]) -> dict[str, Detection]:
@@ -193,6 +199,19 @@ def _detected(detector: Detector, reference: Sequence[Row], window: Sequence[Row
         prompts = detector.model_copy(update={"side": "prompts"})
         found[PROMPTS] = prompts.detect(reference, window)
     return found
+
+
+def _drifted(detections: Mapping[str, Detection], kind: DriftKind | None) -> tuple[str, ...]:
+    """Ids of the exchanges least like the reference's.
+
+    Of new content by their prompts: a model answers what it was never asked in its usual words. Otherwise by
+    prompts and answers in turn.
+    """
+    sides = [[n.row.id for n in detections[side].novel] for side in (PROMPTS, DRIFT) if side in detections]
+    if kind == "new_content":
+        return tuple(dict.fromkeys(chain.from_iterable(sides)))
+    turns = chain.from_iterable(zip_longest(*sides))
+    return tuple(dict.fromkeys(name for name in turns if name is not None))
 
 
 def _stepped(

@@ -176,3 +176,20 @@ def test_a_detector_of_the_settings_is_built_or_named_in_the_error(tmp_path):
     ):
         with pytest.raises(ConfigError, match=field):
             detector_of(MonitorSection(detector=wrong))
+
+
+def test_of_new_content_the_strangest_prompts_come_first_however_usual_their_answers(tmp_path):
+    frozen = freeze(tmp_path, model="shop", version=1, rows=rows(ORDINARY, 150, 0))
+    usual = rows(ORDINARY, 60, 7, "w")
+    new = [
+        row.model_copy(update={"output": known.output})
+        for row, known in zip(rows(NEW, 25, 5, "n"), rows(ORDINARY, 25, 9), strict=True)
+    ]
+    detector = Words(**SMALL, gate="any", examples=20)
+    settings = SETTINGS.model_copy(update={"detector": {"name": "calibrated"}})
+    found = check_window(frozen, [exchange(row) for row in [*usual, *new]], settings, detector=detector)
+    assert "prompts" in found.report.alarms
+    assert found.report.kind == "new_content"
+    assert all(name.startswith("n") for name in found.drifted[:20])
+    assert any(name.startswith("w") for name in found.drifted), "strange answers follow"
+    assert len(set(found.drifted)) == len(found.drifted)
