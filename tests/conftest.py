@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# Decode as where numba is not installed, which is the default; the tests of its loops turn them on.
+os.environ.setdefault("REGRAFT_KERNELS", "0")
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -19,6 +19,13 @@ from serving.engines.attention import attention  # noqa: E402
 from serving.engines.compiled import kernels  # noqa: E402
 from serving.engines.plain import replace_plain  # noqa: E402
 
+
+@pytest.fixture(autouse=True)
+def loops_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere tests decode as without numba, which is the default."""
+    monkeypatch.setenv("REGRAFT_KERNELS", "1")
+
+
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
