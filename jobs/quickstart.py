@@ -28,7 +28,7 @@ from regraft.cluster.jobs import follow
 from regraft.config import Experiment
 from regraft.data.chats import read_chats
 from regraft.data.dataset import load_dataset
-from regraft.errors import RegraftError
+from regraft.errors import RegraftError, ServiceError
 from regraft.models import resolve
 from regraft.processes import free_port
 from regraft.records import (
@@ -157,7 +157,8 @@ class Quickstart:
             timeout=120,
             headers=key_header(),
         )
-        answer.raise_for_status()
+        if answer.is_error:
+            raise ServiceError(f"the endpoint said {answer.status_code}: {answer.text[:500]}", "see its log")
         said = answer.json()
         return f"{said['model']}: {question} → {said['choices'][0]['message']['content']!r}"
 

@@ -6,6 +6,7 @@ and values of requests lie in slots (`regraft.evals.slots`).
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ from serving.engines.rows import OwnEngine, Row, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 #: Prompt tokens, padding included, that pass through between two steps: those who wait for their next token
 #: wait for these.
@@ -64,6 +67,7 @@ class SlotsBase:
         self.base, self.tokenizer, self.limits = base, tokenizer, limits
         pack(base)
         replace_plain(base)
+        self._loops = kernels(base)
         self.mix = Mix(base)
         self.encoding = threading.Lock()
         self._changed = threading.Condition()
@@ -179,6 +183,7 @@ class SlotsBase:
         try:
             work(rows)
         except Exception as error:
+            logger.exception("generation failed for %d requests", len(rows))
             for row in rows:
                 row.fail(EngineError(f"generation failed: {type(error).__name__}: {error}"))
 
@@ -267,12 +272,11 @@ class SlotsBase:
             row.take(row.token, self._eos, logits[index] if told else None)
 
     def _likeliest(self, logits: torch.Tensor) -> torch.Tensor:
-        loops = kernels(self.base) if logits.dtype is self.base.dtype and logits.stride(1) == 1 else None
-        if loops is None:
+        if self._loops is None or logits.dtype is not self.base.dtype or logits.stride(1) != 1:
             # The same as `argmax`, which takes five times as long for bf16 on a CPU (torch 2.13).
             return logits.max(-1).indices
         found = torch.empty(len(logits), dtype=torch.long)
-        find = loops.highest(logits.dtype is torch.bfloat16)
+        find = self._loops.highest(logits.dtype is torch.bfloat16)
         find(logits.data_ptr(), found.data_ptr(), (*logits.shape, logits.stride(0)))
         return found
 
