@@ -36,6 +36,8 @@ def heading(report: DriftReport) -> str:
     """What was found, in a few words."""
     if report.status == "drift" and report.kind is not None:
         return _KINDS[report.kind]
+    if report.status == "stable" and report.p_value is None:
+        return "Quality is as it was; too few exchanges to compare texts"
     return _HEADINGS[report.status]
 
 

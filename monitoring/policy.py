@@ -111,7 +111,12 @@ def _mixed(report: DriftReport, settings: RetrainSection, facts: Facts, now: dat
 
 def _calm(report: DriftReport) -> _Verdict:
     if report.status == "insufficient":
-        return _Verdict("nothing", f"No verdict yet: {report.rows} exchanges are too few to tell.")
+        return _Verdict("nothing", f"No verdict yet: {_sizes(report)} are too few to tell.")
+    if report.status == "stable" and report.p_value is None:
+        return _Verdict(
+            "nothing",
+            f"Quality is as it was. Whether texts changed cannot be told: {_sizes(report)} are too few.",
+        )
     if report.status == "stable":
         return _Verdict(
             "nothing", "No drift: the window looks like the reference, or differs too little to act on."
@@ -119,6 +124,10 @@ def _calm(report: DriftReport) -> _Verdict:
     return _Verdict(
         "watch", "This window alone looks changed; all checks together do not yet, so there is no alarm."
     )
+
+
+def _sizes(report: DriftReport) -> str:
+    return f"{report.rows} exchanges against a reference of {report.reference_rows}"
 
 
 def _go_back(what: str, settings: RetrainSection, facts: Facts) -> _Verdict:

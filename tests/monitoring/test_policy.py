@@ -51,15 +51,18 @@ def settings(**more: Any) -> RetrainSection:
 
 
 @pytest.mark.parametrize(
-    ("status", "action", "words"),
+    ("status", "p_value", "action", "words"),
     [
-        ("insufficient", "nothing", "10 exchanges are too few"),
-        ("stable", "nothing", "No drift"),
-        ("suspected", "watch", "no alarm"),
+        ("insufficient", None, "nothing", "10 exchanges against a reference of 100 are too few"),
+        ("stable", 0.4, "nothing", "No drift"),
+        ("stable", None, "nothing", "Whether texts changed cannot be told"),
+        ("suspected", 0.004, "watch", "no alarm"),
     ],
 )
-def test_without_an_alarm_nothing_is_done(status: str, action: str, words: str) -> None:
-    decision = decide(report(status), settings(), facts(), now=NOW)
+def test_without_an_alarm_nothing_is_done(
+    status: str, p_value: float | None, action: str, words: str
+) -> None:
+    decision = decide(report(status, p_value=p_value), settings(), facts(), now=NOW)
     assert (decision.action, decision.page, decision.job_id) == (action, False, None)
     assert words in decision.reason
     assert (decision.run_id, decision.drift_report_id) == ("run", "abc")
