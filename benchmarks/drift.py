@@ -228,7 +228,7 @@ def evidently(reference: Sequence[Row], window: Sequence[Row]) -> bool:
     from evidently import Report
     from evidently.presets import DataDriftPreset
 
-    from monitoring.detectors.evidently_preset import dataset
+    from monitoring.detectors.evidently_columns import dataset
 
     before, now = (describe([row.output for row in rows]) for rows in (reference, window))
     # A column that never varies breaks some of its tests.

@@ -190,7 +190,7 @@ def evidently(folder: Path) -> Found:
     from evidently.presets import DataDriftPreset
 
     from monitoring.descriptors import describe_sides
-    from monitoring.detectors.evidently_preset import dataset
+    from monitoring.detectors.evidently_columns import dataset
 
     reference, store = _given(folder)
     clock = _Clock()

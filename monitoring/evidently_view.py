@@ -17,7 +17,7 @@ from evidently.legacy.renderers.html_widgets import CounterData, counter, table_
 from evidently.tests import gte
 
 from monitoring.detectors.base import Detection
-from monitoring.detectors.evidently_preset import column_metrics, dataset, frames
+from monitoring.detectors.evidently_columns import column_metrics, dataset, frames
 from monitoring.windows import Row
 
 

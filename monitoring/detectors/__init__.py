@@ -11,10 +11,14 @@ from pydantic import Field, TypeAdapter
 
 from monitoring.detectors.base import Detection, Detector, NovelExchange, Term
 from monitoring.detectors.calibrated import Calibrated
-from monitoring.detectors.evidently_preset import EvidentlyColumns
+from monitoring.detectors.domain_classifier import DomainClassifier
+from monitoring.detectors.evidently_columns import EvidentlyColumns
+from monitoring.detectors.evidently_preset import EvidentlyPreset
 from monitoring.detectors.omnibus import Omnibus
 
-AnyDetector = Annotated[Omnibus | Calibrated | EvidentlyColumns, Field(discriminator="name")]
+AnyDetector = Annotated[
+    Omnibus | Calibrated | DomainClassifier | EvidentlyColumns | EvidentlyPreset, Field(discriminator="name")
+]
 
 DETECTOR_CLASSES: tuple[type[Detector], ...] = get_args(get_args(AnyDetector)[0])
 _ADAPTER: TypeAdapter[Detector] = TypeAdapter(AnyDetector)
@@ -38,7 +42,9 @@ __all__ = [
     "Calibrated",
     "Detection",
     "Detector",
+    "DomainClassifier",
     "EvidentlyColumns",
+    "EvidentlyPreset",
     "NovelExchange",
     "Omnibus",
     "Term",

@@ -12,7 +12,8 @@ from monitoring.windows import Row
 
 FAST = Omnibus(permutations=299)
 #: Settings with which each detector takes the few rows of these tests.
-SMALL = {"calibrated": {"min_reference": 30, "min_window": 30}}
+_FEW = {"min_reference": 30, "min_window": 30}
+SMALL = {"calibrated": _FEW, "domain_classifier": _FEW}
 
 
 def small(kind: type[Detector]) -> Detector:

@@ -1,0 +1,172 @@
+"""The classifier two-sample test: can a classifier tell the window's exchanges from the reference's?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from monitoring.detectors import permutation as perm
+from monitoring.detectors.base import Detection, Detector, NovelExchange
+from monitoring.detectors.calibrated import fresh
+from monitoring.detectors.frozen import in_order, session_of
+from monitoring.detectors.text import grown_terms
+from monitoring.vectors import Vectors, vectors
+from monitoring.windows import Row
+from regraft.embeddings import DEFAULT
+from regraft.errors import DataError
+from regraft.records import TestResult
+
+Floats = perm.Floats
+#: Scores that differ by less than this are the same: vectors of a text are equal only up to rounding.
+_DIGITS = 3
+
+
+class Halves(NamedTuple):
+    """The rows of one side by what they are for, no session in both, each half in hash order."""
+
+    fitted: list[Row]
+    held_out: list[Row]
+
+
+class DomainClassifier(Detector):
+    """A logistic regression told from chance: fitted on half of the sessions, scored on the other half.
+
+    Lopez-Paz and Oquab (2017), with the area under the ROC curve (AUC) in place of the accuracy. The held-out
+    sessions of both sides are exchangeable if nothing changed, whatever was fitted on the others, and they
+    are permuted whole, so the p-value is exact given the fit; the smallest is 1/(permutations + 1).
+
+    The effect is 2 (AUC - 0.5), at least 0. Where a share of the window is unlike the reference and the rest
+    is not, it is expected to be at most that share.
+
+    It finds any shift of meaning that a plane through the embeddings can show, remixed topics included, and
+    it needs more data than `calibrated`, of which it spends half on the fit. It is blind to form.
+    """
+
+    effect_unit: ClassVar[str] = "share of the window that a classifier tells from the reference"
+
+    name: Literal["domain_classifier"] = "domain_classifier"
+    permutations: int = Field(999, ge=999, description="Random labellings; the smallest p is 1/(this + 1).")
+    embedding_model: str = Field(DEFAULT, description="`bundled:<name>`, or a local folder.")
+    side: Literal["answers", "prompts"] = Field("answers", description="Which texts are compared.")
+    penalty: float = Field(1.0, gt=0, description="Strength of the squared penalty on the weights.")
+    min_reference: int = Field(
+        250, ge=10, description="Sessions of the reference below which nothing is told."
+    )
+    min_window: int = Field(200, ge=10, description="Sessions of the window below which nothing is told.")
+    examples: int = Field(8, ge=1, description="Exchanges and terms to show.")
+    seed: int = 0
+    # Where vectors are kept changes nothing about what is found, so it is no part of what is written down.
+    cache: Path | None = Field(None, exclude=True, description="Folder that keeps vectors between processes.")
+
+    def lacking(self, reference: Sequence[Row], window: Sequence[Row]) -> str:
+        """See `Detector.lacking`. A session that has rows on both sides counts for the reference."""
+        known = {session_of(row) for row in reference}
+        own = {session_of(row) for row in fresh(reference, window)}
+        if len(known) < self.min_reference:
+            return f"the reference has {len(known)} sessions, at least {self.min_reference} are needed"
+        if len(own) < self.min_window:
+            return f"the window has {len(own)} sessions of its own, at least {self.min_window} are needed"
+        return ""
+
+    def detect(self, reference: Sequence[Row], window: Sequence[Row]) -> Detection:
+        """See `Detector.detect`; the order of the rows is of no account.
+
+        `novel` are held-out exchanges of the window: those of the fit look like the window by having made it.
+
+        Raises:
+            DataError: If there are fewer sessions than `min_reference` or `min_window`.
+            ModelError: If the embedding model cannot be had.
+        """
+        if lacking := self.lacking(reference, window):
+            raise DataError(f"too little to compare: {lacking}", "wait for more exchanges, or ask for fewer")
+        now = fresh(reference, window)
+        before_half, now_half = halves(reference), halves(now)
+        fitted = [*before_half.fitted, *now_half.fitted]
+        held_out = [*before_half.held_out, *now_half.held_out]
+        places = self.embed([self._text(row) for row in (*fitted, *held_out)]).astype(np.float64)
+        of_window = np.arange(len(fitted)) >= len(before_half.fitted)
+        scores = _scores(places[: len(fitted)], of_window, places[len(fitted) :], self.penalty)
+        taken = [i >= len(before_half.held_out) for i in range(len(held_out))]
+        # A row of the window without a session may have the id of one of the reference's: another row.
+        units = [f"{side:d}{session_of(row)}" for row, side in zip(held_out, taken, strict=True)]
+        areas = areas_under_curve(scores, perm.session_labellings(units, taken, self.permutations, self.seed))
+        area, p_value = float(areas[0]), float(perm.p_values(areas)[0])
+        effect = max(0.0, 2 * (area - 0.5))
+        told = f"AUC {area:.3f} on {len(held_out)} held-out exchanges"
+        texts = [[self._text(row) for row in rows] for rows in (in_order(reference), in_order(now))]
+        return Detection(
+            p_value=p_value,
+            effect=effect,
+            tests=(
+                TestResult(
+                    name="classifier", p_value=p_value, effect=effect, detail=f"effect: 2 (AUC - 0.5); {told}"
+                ),
+            ),
+            drivers=(f"a classifier tells {self.side} from the reference's ({told}, p {p_value:.3f})",)
+            if p_value < 0.05
+            else (),
+            novel=self._most_novel(now_half.held_out, scores[len(before_half.held_out) :]),
+            terms=grown_terms(texts[0], texts[1], self.examples),
+        )
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Vectors of texts, each text embedded once a process.
+
+        Raises:
+            ModelError: If the embedding model cannot be had.
+        """
+        return vectors(texts, self.embedding_model, self.cache)
+
+    def _text(self, row: Row) -> str:
+        return row.output if self.side == "answers" else row.prompt
+
+    def _most_novel(self, rows: Sequence[Row], scores: Floats) -> tuple[NovelExchange, ...]:
+        order = np.argsort(-scores, kind="stable")[: self.examples]
+        return tuple(NovelExchange(row=rows[i], score=float(scores[i])) for i in order)
+
+
+def halves(rows: Sequence[Row]) -> Halves:
+    """Split one side's rows by the hash of their session: whole sessions, whatever the order given."""
+    ordered = in_order(rows)
+    sessions = list(dict.fromkeys(session_of(row) for row in ordered))
+    fitted = set(sessions[: len(sessions) // 2])
+    parts = Halves([], [])
+    for row in ordered:
+        parts[0 if session_of(row) in fitted else 1].append(row)
+    return parts
+
+
+def areas_under_curve(scores: Floats, labels: perm.Labels) -> Floats:
+    """Area under the ROC curve for every labelling: how often the window's rows outscore others, ties half.
+
+    Args:
+        scores: A score for each row.
+        labels: From `permutation`.
+    """
+    from scipy.stats import rankdata
+
+    taken = labels.astype(np.float64)
+    window = taken.sum(axis=0)
+    wins = rankdata(scores) @ taken - window * (window + 1) / 2
+    return np.asarray(wins / (window * (len(labels) - window)))
+
+
+def _scores(fitted: Floats, of_window: NDArray[np.bool_], held_out: Floats, penalty: float) -> Floats:
+    """Log odds of being the window's, by a logistic regression in which both sides weigh the same.
+
+    One thread, and a solver that draws nothing: the same rows give the same scores.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    model: Any = LogisticRegression(
+        C=1 / penalty, class_weight="balanced", solver="newton-cholesky", max_iter=100
+    )
+    with threadpool_limits(limits=1):
+        model.fit(fitted, of_window)
+        return np.asarray(np.round(model.decision_function(held_out), _DIGITS), dtype=np.float64)
