@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs.console import Say
-from jobs.quality import judge_scores
+from jobs.quality import judge_scores, late_scores
 from jobs.workspace import Connection
+from monitoring.measures import unit_means, unit_of
 from monitoring.quality import baseline_of, baseline_of_rows
 from monitoring.windows import Reference, Row, accepted, freeze, load, rows_of
 from regraft.config import Experiment
@@ -70,7 +71,7 @@ def freeze_traffic(
     Args:
         experiment: Whose endpoint.
         version: The champion.
-        before: The reference of its evaluation, whose scores are kept.
+        before: The reference of its evaluation, whose scores are kept where the traffic has too few.
         first: Gives the version's own exchanges from its first on, until there are enough.
         feedback: On them.
         connection: Where things are.
@@ -89,7 +90,8 @@ def freeze_traffic(
     # Quality is that of all traffic of that time: what failed was not accepted, and did fail.
     whole = [e for e in exchanges if e.created <= until]
     judged = judge_scores(experiment, whole, say)
-    quality = baseline_of(whole, feedback, scores=before.quality.scores, judge=judged.values())
+    scores = scores_of(experiment, whole, feedback, say) or before.quality.scores
+    quality = baseline_of(whole, feedback, scores=scores, judge=judged.values())
     with tempfile.TemporaryDirectory() as folder:
         frozen = freeze(
             Path(folder),
@@ -103,6 +105,19 @@ def freeze_traffic(
         connection.registry.save_artifact(version.run_id, _traffic(version), Path(folder))
     say(f"the first {wanted} accepted sessions of {version.served_id} (to {until}) are its reference now")
     return frozen
+
+
+def scores_of(
+    experiment: Experiment, exchanges: Sequence[CapturedExchange], feedback: Sequence[Feedback], say: Say
+) -> list[float]:
+    """How well traffic was answered by references that came later, one score of each session.
+
+    Users ask otherwise than evaluation sets, harder or easier: held against an evaluation's scores, later
+    traffic may look worse from its first day on. Nothing where there are fewer than `min_count`.
+    """
+    found = late_scores(experiment, exchanges, feedback, say, corrections=False)
+    scores = unit_means(found, {e.id: unit_of(e) for e in exchanges})
+    return scores if len(scores) >= experiment.monitor.quality.min_count else []
 
 
 def captured(experiment: Experiment, connection: Connection) -> CaptureStore:

@@ -13,6 +13,7 @@ import pytest
 from traffic import ORDINARY, exchange, rows
 
 from jobs.quality import judge_scores, late_scores
+from jobs.references import scores_of
 from monitoring import exact
 from monitoring.baseline import Count, QualityBaseline
 from monitoring.measures import loops
@@ -369,6 +370,26 @@ def test_answers_are_scored_on_references_that_came_later(experiment):
     unable = experiment([{"name": "calibration"}], "token_accuracy")
     assert late_scores(unable, given, feedback, heard.append) == {}
     assert "needs the model itself" in heard[0]
+
+
+def test_traffic_whose_references_came_is_held_against_itself_and_not_the_evaluation(experiment):
+    made = experiment([{"name": "exact_match"}])
+    given = [
+        e.model_copy(update={"session": f"s{i // 2}"}) for i, e in enumerate(window(80, 21, output="yes"))
+    ]
+    feedback = [
+        f.model_copy(update={"reference": "yes" if i % 4 else "no"})
+        for i, f in enumerate(said(given, [0.0] * 80))
+    ]
+    scores = scores_of(made, given, feedback, print)
+    assert sorted(scores) == [0.5] * 20 + [1.0] * 20, "one of each session"
+    assert scores_of(made, given[:50], feedback, print) == [], "25 sessions are fewer than min_count"
+    before = baseline_of(given, scores=scores)
+    (same,) = quality_signals(given, before, SETTINGS, late_scores=late_scores(made, given, feedback))[-1:]
+    assert (same.name, same.worse) == ("reference_score", False)
+    assert same.p_value > 0.4
+    easier = baseline_of(given, scores=[1.0] * 40)
+    assert quality_signals(given, easier, SETTINGS, late_scores=late_scores(made, given, feedback))[-1].worse
 
 
 @pytest.fixture
