@@ -187,7 +187,7 @@ def _one(
     if act:
         carry_out(
             scene.path, scene.experiment, decision, scene.connection, ledger, scene.say,
-            drifted=_drifted(sample.exchanges, rows),
+            drifted=_drifted(sample.exchanges, checked.drifted),
         )  # fmt: skip
     return Watched(report, decision, html)
 
