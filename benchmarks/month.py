@@ -73,14 +73,11 @@ def main() -> None:
         lived = []
         for day in days:
             lived.append(home.live(day))
-            say(
-                f"day {day.number} ({day.scene}), rougeL {lived[-1].rouge:.3f}: "
-                + "; ".join(map(brief, lived[-1].watched))
-            )
-        table = markdown(lived)
-        if given.out is not None:
-            given.out.write_text(table, encoding="utf-8")
-        sys.stdout.write(f"\n{table}\n")
+            seen = "; ".join(map(brief, lived[-1].watched)) or "no window closed"
+            say(f"day {day.number} ({day.scene}), rougeL {lived[-1].rouge:.3f}: {seen}")
+            if given.out is not None:  # each day: a month that breaks off has shown what it came to
+                given.out.write_text(markdown(lived), encoding="utf-8")
+        sys.stdout.write(f"\n{markdown(lived)}\n")
         found = figures(home, lived) | {"quality": quality(home, first)}
     found["seconds"] = round(time.monotonic() - began)
     sys.stdout.write(json.dumps(found) + "\n")
