@@ -126,21 +126,25 @@ def accepted(
     Args:
         exchanges: What was captured, in any order.
         disliked: Ids of answers with bad feedback.
-        count: Sessions wanted.
+        count: Rows wanted: sessions with a prompt of their own, as detectors see them.
 
     Returns:
-        The exchanges of the first `count` sessions, oldest first, every turn until the last of these
-        sessions began; None while there are fewer sessions.
+        The exchanges of the first so many, oldest first, every turn until the last of them began; None while
+        there are fewer.
     """
     taken: list[CapturedExchange] = []
     sessions: set[str] = set()
+    enough = count
     for exchange in sorted(exchanges, key=lambda e: (e.created, e.id)):
         if exchange.error is not None or not exchange.output.strip() or exchange.id in disliked:
             continue
         taken.append(exchange)
         sessions.add(f"row:{exchange.id}" if exchange.session is None else exchange.session)
-        if len(sessions) >= count:
-            return taken
+        if len(sessions) >= enough:
+            lacking = count - len(rows_of(taken))
+            if lacking <= 0:
+                return taken
+            enough = len(sessions) + lacking  # each further session is a row more at most
     return None
 
 

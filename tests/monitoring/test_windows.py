@@ -6,7 +6,7 @@ import random
 import pytest
 from traffic import ORDINARY, exchange, rows
 
-from monitoring.windows import REFERENCE_FILE, Row, Window, freeze, load
+from monitoring.windows import REFERENCE_FILE, Row, Window, accepted, freeze, load, rows_of
 from regraft.errors import DataError
 from regraft.records import content_hash
 
@@ -82,3 +82,19 @@ def test_the_sample_depends_on_the_ids_alone():
     window = Window.of(given, 50)
     assert window == Window.of(shuffled, 50)
     assert (len(window.rows), window.not_sampled) == (50, 30)
+
+
+def test_accepted_traffic_is_as_many_rows_as_were_wanted_though_prompts_repeat():
+    asked = rows(ORDINARY, 40, 1)
+    often = [row.model_copy(update={"id": f"again{i}", "prompt": "Hello"}) for i, row in enumerate(asked)]
+    mixed = [row for pair in zip(asked, often, strict=True) for row in pair]
+    given = [exchange(row, second=i) for i, row in enumerate(mixed)]
+    disliked = frozenset({asked[0].id})
+    taken = accepted(given, disliked, 20)
+    assert taken is not None
+    assert len(rows_of(taken)) == 20
+    assert taken[-1].id == asked[19].id, "and no more are taken than it needs"
+    assert not disliked & {e.id for e in taken}
+    assert accepted(list(reversed(given)), disliked, 20) == taken
+    assert accepted(given, frozenset(), 41) is not None
+    assert accepted(given, frozenset(), 42) is None, "forty questions and a greeting"
