@@ -51,7 +51,8 @@ def detector_of(settings: MonitorSection, cache: Path | None = None) -> Detector
         cache: Folder that keeps embeddings between processes.
 
     Raises:
-        ConfigError: If there is no such detector or a field of it is wrong.
+        ConfigError: If there is no such detector, a field of it is wrong, or `reference_rows` are too few for
+            it.
     """
     given = dict(settings.detector)
     if given.get("name") == "calibrated":
@@ -59,13 +60,21 @@ def detector_of(settings: MonitorSection, cache: Path | None = None) -> Detector
         if cache is not None:
             given |= {"cache": cache}
     try:
-        return parse_detector(given)
+        detector = parse_detector(given)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:])
         raise ConfigError(
             f"monitor.detector{'.' * bool(field)}{field}: {first['msg']}", "see docs/monitoring.md"
         ) from error
+    least = getattr(detector, "min_reference", 0)
+    if 0 < settings.reference_rows < least:
+        raise ConfigError(
+            f"monitor.reference_rows: is {settings.reference_rows}, and {detector.name} tells nothing below "
+            f"{least}",
+            f"freeze at least {least} sessions, take {{name: omnibus}}, or keep the evaluation's answers (0)",
+        )
+    return detector
 
 
 def check_window(

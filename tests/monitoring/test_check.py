@@ -193,3 +193,12 @@ def test_of_new_content_the_strangest_prompts_come_first_however_usual_their_ans
     assert all(name.startswith("n") for name in found.drifted[:20])
     assert any(name.startswith("w") for name in found.drifted), "strange answers follow"
     assert len(set(found.drifted)) == len(found.drifted)
+
+
+def test_a_reference_that_the_detector_would_never_take_is_refused():
+    small = {"reference_rows": 200}
+    with pytest.raises(ConfigError, match=r"monitor\.reference_rows: is 200.* below 250"):
+        detector_of(MonitorSection(**small))
+    detector_of(MonitorSection(**small, detector={"name": "omnibus"}))
+    detector_of(MonitorSection(**small, detector={"name": "calibrated", "min_reference": 150}))
+    detector_of(MonitorSection(reference_rows=0))
