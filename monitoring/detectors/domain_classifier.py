@@ -44,7 +44,11 @@ class DomainClassifier(Detector):
     is not, it is expected to be at most that share.
 
     It finds any shift of meaning that a plane through the embeddings can show, remixed topics included, and
-    it needs more data than `calibrated`, of which it spends half on the fit. It is blind to form.
+    it needs more data than `calibrated`, of which it spends half on the fit. It is blind to form. Measured on
+    CLINC150 (a reference of 1,000 sessions, new topics from two domains left out, 80 windows each): of
+    windows with 10 % new topics p <= 0.05 found 39 % at 200 sessions (`calibrated` 71 %) and 49 % at 500
+    (85 %); with 20 % it found 60 % at 100 and 85 % at 200. A penalty of 0.1 or 10 made no clear difference.
+    Of 1,778 ordinary windows 6.2 % had p <= 0.05.
     """
 
     effect_unit: ClassVar[str] = "share of the window that a classifier tells from the reference"
