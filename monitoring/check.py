@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from monitoring.detectors import Calibrated, Detection, Detector, parse_detector
+from monitoring.detectors import DETECTOR_CLASSES, Calibrated, Detection, Detector, parse_detector
 from monitoring.explaining import Explained, explain
 from monitoring.sequential import DRIFT, PROMPTS, step
 from monitoring.windows import Reference, Row, Window, sampled
@@ -47,7 +47,7 @@ def detector_of(settings: MonitorSection, cache: Path | None = None) -> Detector
     """The detector that a configuration asks for.
 
     Args:
-        settings: Its `min_rows` is the detector's smallest window too, unless that says otherwise.
+        settings: Its `min_rows` is the calibrated detector's smallest window too, unless that says otherwise.
         cache: Folder that keeps embeddings between processes.
 
     Raises:
@@ -55,10 +55,12 @@ def detector_of(settings: MonitorSection, cache: Path | None = None) -> Detector
             it.
     """
     given = dict(settings.detector)
-    if given.get("name") == "calibrated":
+    kinds = {kind.model_fields["name"].default: kind for kind in DETECTOR_CLASSES}
+    fields = kinds[given["name"]].model_fields if given["name"] in kinds else {}
+    if given["name"] == "calibrated":
         given = {"min_window": settings.min_rows} | given
-        if cache is not None:
-            given |= {"cache": cache}
+    if cache is not None and "cache" in fields:
+        given |= {"cache": cache}
     try:
         detector = parse_detector(given)
     except ValidationError as error:
@@ -204,7 +206,7 @@ def check_window(
 def _detected(detector: Detector, reference: Sequence[Row], window: Sequence[Row]) -> dict[str, Detection]:
     """What the detector finds in the answers, and in the prompts where it looks at one side at a time."""
     found = {DRIFT: detector.detect(reference, window)}
-    if isinstance(detector, Calibrated):
+    if "side" in type(detector).model_fields:
         prompts = detector.model_copy(update={"side": "prompts"})
         found[PROMPTS] = prompts.detect(reference, window)
     return found
