@@ -1,8 +1,8 @@
 """How soon a collapse of quality is found, for `drift.py`: answers of Bitext's customer support, made worse.
 
-A reference of ordinary exchanges, then windows of 100. In `truncated`, `looping` and `refusing` streams a share
-of the answers goes wrong from the first window on; streams of 30 windows without any tell the false alarms of all
-signals together. Evidence is counted as a check counts it.
+A reference of ordinary exchanges, then windows of 100. In `truncated`, `looping` and `refusing` streams a
+share of the answers goes wrong from the first window on; streams of 30 windows without any tell the false
+alarms of all signals together. Evidence is counted as a check counts it.
 """
 
 from __future__ import annotations
