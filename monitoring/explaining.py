@@ -14,6 +14,8 @@ from regraft.records import Attribution, CapturedExchange
 
 #: Rows that are matched; pairs are sought among all of them.
 _MOST = 2000
+#: What one window is enough to tell; another mix of known prompts is what remains.
+_TELLING = ("behaviour", "new_content")
 
 
 class Explained(NamedTuple):
@@ -35,6 +37,10 @@ def explain(
 ) -> Explained:
     """Match prompts of the windows that look changed with the reference's, and say what changed.
 
+    The present window is asked first: a fault that is over would explain the attack that came after it. Where
+    it shows neither a changed behaviour nor new content, all since the evidence began to grow are asked, who
+    are more.
+
     Args:
         reference: Rows that were compared with.
         window: The present one.
@@ -47,7 +53,9 @@ def explain(
     rows = [row for row in rows_of(answered) if row.id not in own]
     longer = [*window.rows, *rows][:_MOST]
     try:
-        matched = matched_test(reference, longer, detector)
+        matched = matched_test(reference, window.rows, detector)
+        if len(longer) > len(window.rows) and classify(matched) not in _TELLING:
+            matched = matched_test(reference, longer, detector)
         attribution = attribute(
             reference,
             window.rows,

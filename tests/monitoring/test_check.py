@@ -125,6 +125,12 @@ def test_new_questions_answered_worse_are_new_content_and_a_slow_service_is_not(
     assert look(reference, storm, quality=[feedback, slow]).kind == "quality"
 
 
+def test_a_fault_that_is_over_does_not_explain_what_came_after_it(reference, storm):
+    fault = [exchange(r, output="I'm sorry, I cannot.") for r in rows(ORDINARY, 90, 11, "f")]
+    assert look(reference, fault).kind == "behaviour"
+    assert look(reference, storm, since_growth=[*fault, *storm]).kind == "new_content"
+
+
 def test_the_calibrated_detector_looks_at_prompts_too(reference, storm):
     usual = [e.model_copy(update={"output": rows(ORDINARY, 1, i)[0].output}) for i, e in enumerate(storm)]
     report = look(reference, usual, detector=Words(**SMALL))
