@@ -9,6 +9,7 @@ import yaml
 
 from regraft.cluster.local import set_environment
 from regraft.data.chats import write_chats
+from regraft.processes import free_port
 from regraft.records import Example, Message
 
 
@@ -95,7 +96,12 @@ def two_nodes() -> Iterator[Any]:
     cluster = Cluster(
         initialize_head=True,
         connect=False,
-        head_node_args={"num_cpus": 1, "include_dashboard": True, "_system_config": quick},
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": True,
+            "dashboard_port": free_port(0, ""),
+            "_system_config": quick,
+        },
     )
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")

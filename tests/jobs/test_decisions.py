@@ -187,7 +187,12 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("where", "speaks"), [("before noting", False), ("before submitting", False), ("after submitting", True)]
+    ("where", "speaks"),
+    [
+        pytest.param("before noting", False, marks=pytest.mark.slow),
+        ("before submitting", False),
+        pytest.param("after submitting", True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_scheduler_killed_anywhere_comes_to_one_job_and_one_outcome(
     case: Case, jobs_url: str, monkeypatch: pytest.MonkeyPatch, where: str, speaks: bool

@@ -319,6 +319,7 @@ def deploy_elsewhere(case: Path, address: str, lock: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_actor_outlives_its_driver_and_is_there_once(two_nodes, case: Path, tmp_path: Path):
     import ray
 
