@@ -48,6 +48,7 @@ def services(tmp_path_factory: pytest.TempPathFactory, wheel: Path):
     stop_server(server.pid)
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_as_a_job_and_a_second_submission_is_recognised(
     services, wheel: Path, tiny_experiment: Path, monkeypatch: pytest.MonkeyPatch
 ):

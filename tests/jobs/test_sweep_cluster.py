@@ -39,6 +39,7 @@ def elsewhere():
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_sweep_uses_both_nodes_and_records_every_trial(
     two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path, elsewhere
 ):

@@ -149,6 +149,7 @@ class Hungry(Attempt):
             torch.empty(2**50)
 
 
+@pytest.mark.slow
 def test_a_trial_that_runs_out_of_memory_is_tried_once_more_in_smaller_parts(
     cluster, mlflow_url: str, tiny_experiment: Path, tmp_path: Path, undisturbed: TrialResult
 ):
