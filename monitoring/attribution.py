@@ -14,8 +14,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from monitoring.descriptors import describe_full
-from monitoring.detectors.calibrated import Calibrated, fresh
-from monitoring.detectors.frozen import in_order, session_of, split
+from monitoring.detectors.calibrated import Calibrated
+from monitoring.detectors.embedded import fresh
+from monitoring.detectors.frozen import by_session, in_order, split
 from monitoring.matching import BEHAVIOUR_ALPHA, MatchedTest
 from monitoring.topics import Topics, sort_texts
 from monitoring.windows import Row
@@ -41,6 +42,7 @@ def attribute(
     created: Mapping[str, str] | None = None,
     since: str = "",
     logprobs: Mapping[str, float] | None = None,
+    inputs_p: float | None = None,
 ) -> Attribution:
     """Say what of a window differs from the reference.
 
@@ -56,6 +58,7 @@ def attribute(
         created: When rows of the window came, by their ids, UTC in ISO 8601.
         since: When the evidence began to grow.
         logprobs: Mean log-probability of a token of answers, by the ids of rows, where it is known.
+        inputs_p: What this detector found of the same prompts, if it was asked already.
 
     Raises:
         DataError: If the reference is too small to split.
@@ -63,7 +66,8 @@ def attribute(
     """
     compared = _one_each(split(reference).compared)
     now = _one_each(fresh(reference, window))
-    inputs_p = _prompts_p(reference, window, detector)
+    if inputs_p is None and not detector.lacking(reference, window):
+        inputs_p = _of("prompt", detector).detect(reference, window).p_value
     outputs_p = matched.p_value if matched else None
     topics: list[TopicChange] = []
     if now:
@@ -105,35 +109,21 @@ def _where(
     return "both" if asked and told else "inputs" if asked else "outputs" if told else "neither"
 
 
-def _prompts_p(reference: Sequence[Row], window: Sequence[Row], detector: Calibrated) -> float | None:
-    """The detector's own p-value of prompts in place of answers; None where there are too few."""
-    if detector.lacking(reference, window):
-        return None
-    return detector.detect(_asked(reference), _asked(window)).p_value
-
-
-def _asked(rows: Sequence[Row]) -> list[Row]:
-    """Rows whose text is the prompt: maps and tests of answers work on prompts alike."""
-    return [row.model_copy(update={"output": row.prompt}) for row in rows]
-
-
-def _text(side: Side, row: Row) -> str:
-    return row.prompt if side == "prompt" else row.output
+def _of(side: Side, detector: Calibrated) -> Calibrated:
+    """The detector that looks at a side."""
+    return detector.model_copy(update={"side": f"{side}s"})
 
 
 def _one_each(rows: Sequence[Row]) -> list[Row]:
     """One row of each session, by hash."""
-    found: dict[str, Row] = {}
-    for row in in_order(rows):
-        found.setdefault(session_of(row), row)
-    return list(found.values())
+    return [session[0] for session in by_session(rows)]
 
 
 def _sort(side: Side, reference: Sequence[Row], rows: Sequence[Row], detector: Calibrated) -> Topics:
-    known = _asked(reference) if side == "prompt" else list(reference)
-    mapped = [row.output for row in split(known).mapped]
-    texts = [_text(side, row) for row in rows]
-    return sort_texts(detector.frozen(known), (mapped, detector.embed(mapped)), texts, detector.embed(texts))
+    of_side = _of(side, detector)
+    mapped, texts = ([of_side.text(row) for row in some] for some in (split(reference).mapped, rows))
+    embed = detector.embed
+    return sort_texts(of_side.frozen(reference), (mapped, embed(mapped)), texts, embed(texts))
 
 
 def _topic_changes(
@@ -189,7 +179,7 @@ def _nearest(side: Side, rows: Sequence[Row], detector: Calibrated) -> tuple[Sho
     """The exchanges nearest to the middle of them all."""
     if not rows:
         return ()
-    found = detector.embed([_text(side, row) for row in rows]).astype(np.float64)
+    found = detector.embed([_of(side, detector).text(row) for row in rows]).astype(np.float64)
     near = np.round(found @ found.mean(axis=0), 5)
     order = np.argsort(-near, kind="stable")[:EXAMPLES]
     return tuple(

@@ -118,10 +118,9 @@ def check_window(
     """
     detector = detector or detector_of(settings)
     window = Window.of(exchanges, settings.max_rows, model=reference.model, version=reference.version)
-    before = sampled(reference.rows, 10**9)
     # The larger the reference, the closer the evidence of many checks keeps to its bound; the others sample.
-    if not isinstance(detector, Calibrated):
-        before = before[: settings.max_rows]
+    most = len(reference.rows) if isinstance(detector, Calibrated) else settings.max_rows
+    before = sampled(reference.rows, most)
     lacking = (
         f"at least {settings.min_rows} of each are needed"
         if min(len(window.rows), len(before)) < settings.min_rows
@@ -162,11 +161,13 @@ def check_window(
     )
     explained = Explained()
     if status in {"drift", "suspected"} and detection is not None:
+        explainer = explainer or (detector if isinstance(detector, Calibrated) else Calibrated())
         explained = explain(
             before,
             window,
             since_growth if since_growth is not None else exchanges,
-            explainer or (detector if isinstance(detector, Calibrated) else Calibrated()),
+            explainer,
+            inputs_p=detections[PROMPTS].p_value if explainer == detector else None,
             since=min((e.since for n, e in evidence.items() if n in detections and e.since), default=""),
         )
     kind = _kind(explained, alarms) if alarms else None

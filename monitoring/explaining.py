@@ -34,6 +34,7 @@ def explain(
     detector: Calibrated,
     *,
     since: str,
+    inputs_p: float | None = None,
 ) -> Explained:
     """Match prompts of the windows that look changed with the reference's, and say what changed.
 
@@ -47,6 +48,7 @@ def explain(
         since_growth: Exchanges since the evidence began to grow.
         detector: Whose map and embeddings are used.
         since: When the evidence began to grow; "" if it has not.
+        inputs_p: What this detector found of the window's prompts, if it was asked already.
     """
     own = {row.id for row in window.rows}
     answered = [e for e in since_growth if e.error is None]
@@ -63,6 +65,7 @@ def explain(
             matched,
             created={e.id: e.created for e in answered},
             since=since,
+            inputs_p=inputs_p,
         )
     except (DataError, ModelError) as error:
         return Explained(unclear=f"What changed cannot be told: {error.problem}")

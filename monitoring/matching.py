@@ -19,9 +19,10 @@ from pydantic import Field
 
 from monitoring.descriptors import describe_more
 from monitoring.detectors import permutation as perm
-from monitoring.detectors.calibrated import Calibrated, fresh, statistics
-from monitoring.detectors.frozen import in_order, session_of, split
-from monitoring.windows import Row
+from monitoring.detectors.calibrated import Calibrated, statistics
+from monitoring.detectors.embedded import fresh
+from monitoring.detectors.frozen import in_order, split
+from monitoring.windows import Row, session_of
 from regraft.errors import DataError
 from regraft.records import Record
 

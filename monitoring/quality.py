@@ -15,7 +15,7 @@ import numpy as np
 
 from monitoring import exact, measures
 from monitoring.baseline import Count, QualityBaseline
-from monitoring.windows import Row
+from monitoring.windows import Row, session_of
 from regraft.monitor_sections import QualitySection
 from regraft.records import CapturedExchange, Feedback, QualitySignal
 
@@ -55,7 +55,7 @@ def baseline_of_rows(
     rows: Sequence[Row], scores: Iterable[float] = (), judge: Iterable[float] = ()
 ) -> QualityBaseline:
     """What quality was on evaluation sets: of how answers end and how long they take nothing is known."""
-    units = {row.id: f"row:{row.id}" if row.session is None else f"session:{row.session}" for row in rows}
+    units = {row.id: session_of(row) for row in rows}
     marks = {
         name: {row.id: bad(row.output) for row in rows} for name, (bad, _) in measures.TEXT_RATES.items()
     }

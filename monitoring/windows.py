@@ -118,6 +118,11 @@ def sampled(rows: Sequence[Row], max_rows: int) -> list[Row]:
     return distinct(sorted(rows, key=lambda row: hashed(row.id)))[:max_rows]
 
 
+def session_of(row: Row) -> str:
+    """The session of a row; a row without one is a session of its own."""
+    return f"row:{row.id}" if row.session is None else f"session:{row.session}"
+
+
 def accepted(
     exchanges: Sequence[CapturedExchange], disliked: frozenset[str], count: int
 ) -> list[CapturedExchange] | None:

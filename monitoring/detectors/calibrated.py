@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -14,12 +13,11 @@ from pydantic import Field
 
 from monitoring.descriptors import describe_more, in_words
 from monitoring.detectors import permutation as perm
-from monitoring.detectors.base import Detection, Detector, NovelExchange
-from monitoring.detectors.frozen import Features, Frozen, in_order, session_of, split
+from monitoring.detectors.base import Detection
+from monitoring.detectors.embedded import Embedded, fresh
+from monitoring.detectors.frozen import Features, Frozen, in_order, split
 from monitoring.detectors.text import grown_terms
-from monitoring.vectors import Vectors, vectors
 from monitoring.windows import Row
-from regraft.embeddings import DEFAULT
 from regraft.errors import DataError
 from regraft.records import TestResult
 
@@ -48,7 +46,7 @@ class Statistics(NamedTuple):
     effects: dict[str, Floats]
 
 
-class Calibrated(Detector):
+class Calibrated(Embedded):
     """Permutation min-p over novelty, topics and form of the answers; sessions are permuted whole.
 
     The reference is split by session: 40 % are the index (principal directions, nearest neighbours, topics),
@@ -66,33 +64,12 @@ class Calibrated(Detector):
     effect_unit: ClassVar[str] = "share of the window that the reference does not account for"
 
     name: Literal["calibrated"] = "calibrated"
-    permutations: int = Field(999, ge=999, description="Random labellings; the smallest p is 1/(this + 1).")
-    embedding_model: str = Field(DEFAULT, description="`bundled:<name>`, or a local folder.")
     dimensions: int = Field(64, ge=2, description="Principal directions of the embeddings that are kept.")
     topics: int = Field(20, ge=2, description="Topics at most.")
     tail: float = Field(0.95, gt=0.5, lt=1, description="The percentile of distance that novel answers pass.")
-    side: Literal["answers", "prompts"] = Field("answers", description="Which texts are compared.")
     gate: Literal["novelty", "any"] = Field(
         "novelty", description="Whose effect counts: novelty's alone, or the largest of all groups."
     )
-    min_reference: int = Field(
-        250, ge=10, description="Sessions of the reference below which nothing is told."
-    )
-    min_window: int = Field(100, ge=5, description="Sessions of the window below which nothing is told.")
-    examples: int = Field(8, ge=1, description="Exchanges and terms to show.")
-    seed: int = 0
-    # Where vectors are kept changes nothing about what is found, so it is no part of what is written down.
-    cache: Path | None = Field(None, exclude=True, description="Folder that keeps vectors between processes.")
-
-    def lacking(self, reference: Sequence[Row], window: Sequence[Row]) -> str:
-        """See `Detector.lacking`. A session that has rows on both sides counts for the reference."""
-        known = {session_of(row) for row in reference}
-        own = {session_of(row) for row in fresh(reference, window)}
-        if len(known) < self.min_reference:
-            return f"the reference has {len(known)} sessions, at least {self.min_reference} are needed"
-        if len(own) < self.min_window:
-            return f"the window has {len(own)} sessions of its own, at least {self.min_window} are needed"
-        return ""
 
     def detect(self, reference: Sequence[Row], window: Sequence[Row]) -> Detection:
         """See `Detector.detect`; the order of the rows is of no account.
@@ -101,17 +78,13 @@ class Calibrated(Detector):
             DataError: If there are fewer sessions than `min_reference` or `min_window`.
             ModelError: If the embedding model cannot be had.
         """
-        if lacking := self.lacking(reference, window):
-            raise DataError(f"too little to compare: {lacking}", "wait for more exchanges, or ask for fewer")
+        self._refuse_little(reference, window)
         now = in_order(fresh(reference, window))
         parts = split(reference)
         frozen = self.frozen(reference)
         rows = [*parts.compared, *now]
-        taken = [False] * len(parts.compared) + [True] * len(now)
-        # A row of the window without a session may have the id of one of the reference's: another row.
-        units = [f"{side:d}{session_of(row)}" for row, side in zip(rows, taken, strict=True)]
-        labels = perm.session_labellings(units, taken, self.permutations, self.seed)
-        texts = [self._text(row) for row in rows]
+        labels = self._labels(parts.compared, now)
+        texts = [self.text(row) for row in rows]
         features = frozen.features(self.embed(texts))
         form = describe_more(texts)
         found = statistics(features, form, frozen, labels)
@@ -132,14 +105,6 @@ class Calibrated(Detector):
             terms=grown_terms(texts[:count], texts[count:], self.examples),
         )
 
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of texts, each text embedded once a process.
-
-        Raises:
-            ModelError: If the embedding model cannot be had.
-        """
-        return vectors(texts, self.embedding_model, self.cache)
-
     def frozen(self, reference: Sequence[Row]) -> Frozen:
         """The map of a reference's answers, fitted once a process.
 
@@ -153,7 +118,7 @@ class Calibrated(Detector):
                 f"a reference of {len(reference)} rows is too small to split", "freeze a larger one"
             )
         settings = [self.embedding_model, self.dimensions, self.topics, self.tail, self.seed]
-        texts = [[self._text(row) for row in part] for part in (parts.mapped, parts.threshold)]
+        texts = [[self.text(row) for row in part] for part in (parts.mapped, parts.threshold)]
         key = hashlib.sha256(repr([settings, texts]).encode()).hexdigest()
         frozen = _FITTED.pop(key, None) or Frozen(
             self.embed(texts[0]),
@@ -167,19 +132,6 @@ class Calibrated(Detector):
         while len(_FITTED) > _MAPS_KEPT:
             _FITTED.popitem(last=False)
         return frozen
-
-    def _text(self, row: Row) -> str:
-        return row.output if self.side == "answers" else row.prompt
-
-    def _most_novel(self, rows: Sequence[Row], distances: Floats) -> tuple[NovelExchange, ...]:
-        order = np.argsort(-distances, kind="stable")[: self.examples]
-        return tuple(NovelExchange(row=rows[i], score=float(distances[i])) for i in order)
-
-
-def fresh(reference: Sequence[Row], window: Sequence[Row]) -> list[Row]:
-    """The window's rows without those of the reference's sessions, which would not be independent."""
-    known = {row.session for row in reference if row.session is not None}
-    return [row for row in window if row.session not in known]
 
 
 def statistics(features: Features, form: pd.DataFrame, frozen: Frozen, labels: perm.Labels) -> Statistics:

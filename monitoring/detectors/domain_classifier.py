@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -11,14 +10,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from monitoring.detectors import permutation as perm
-from monitoring.detectors.base import Detection, Detector, NovelExchange
-from monitoring.detectors.calibrated import fresh
-from monitoring.detectors.frozen import in_order, session_of
+from monitoring.detectors.base import Detection
+from monitoring.detectors.embedded import Embedded, fresh
+from monitoring.detectors.frozen import by_session, flat, in_order
 from monitoring.detectors.text import grown_terms
-from monitoring.vectors import Vectors, vectors
 from monitoring.windows import Row
-from regraft.embeddings import DEFAULT
-from regraft.errors import DataError
 from regraft.records import TestResult
 
 Floats = perm.Floats
@@ -33,7 +29,7 @@ class Halves(NamedTuple):
     held_out: list[Row]
 
 
-class DomainClassifier(Detector):
+class DomainClassifier(Embedded):
     """A logistic regression told from chance: fitted on half of the sessions, scored on the other half.
 
     Lopez-Paz and Oquab (2017), with the area under the ROC curve (AUC) in place of the accuracy. The held-out
@@ -54,28 +50,8 @@ class DomainClassifier(Detector):
     effect_unit: ClassVar[str] = "share of the window that a classifier tells from the reference"
 
     name: Literal["domain_classifier"] = "domain_classifier"
-    permutations: int = Field(999, ge=999, description="Random labellings; the smallest p is 1/(this + 1).")
-    embedding_model: str = Field(DEFAULT, description="`bundled:<name>`, or a local folder.")
-    side: Literal["answers", "prompts"] = Field("answers", description="Which texts are compared.")
     penalty: float = Field(1.0, gt=0, description="Strength of the squared penalty on the weights.")
-    min_reference: int = Field(
-        250, ge=10, description="Sessions of the reference below which nothing is told."
-    )
     min_window: int = Field(200, ge=10, description="Sessions of the window below which nothing is told.")
-    examples: int = Field(8, ge=1, description="Exchanges and terms to show.")
-    seed: int = 0
-    # Where vectors are kept changes nothing about what is found, so it is no part of what is written down.
-    cache: Path | None = Field(None, exclude=True, description="Folder that keeps vectors between processes.")
-
-    def lacking(self, reference: Sequence[Row], window: Sequence[Row]) -> str:
-        """See `Detector.lacking`. A session that has rows on both sides counts for the reference."""
-        known = {session_of(row) for row in reference}
-        own = {session_of(row) for row in fresh(reference, window)}
-        if len(known) < self.min_reference:
-            return f"the reference has {len(known)} sessions, at least {self.min_reference} are needed"
-        if len(own) < self.min_window:
-            return f"the window has {len(own)} sessions of its own, at least {self.min_window} are needed"
-        return ""
 
     def detect(self, reference: Sequence[Row], window: Sequence[Row]) -> Detection:
         """See `Detector.detect`; the order of the rows is of no account.
@@ -86,23 +62,19 @@ class DomainClassifier(Detector):
             DataError: If there are fewer sessions than `min_reference` or `min_window`.
             ModelError: If the embedding model cannot be had.
         """
-        if lacking := self.lacking(reference, window):
-            raise DataError(f"too little to compare: {lacking}", "wait for more exchanges, or ask for fewer")
+        self._refuse_little(reference, window)
         now = fresh(reference, window)
         before_half, now_half = halves(reference), halves(now)
         fitted = [*before_half.fitted, *now_half.fitted]
         held_out = [*before_half.held_out, *now_half.held_out]
-        places = self.embed([self._text(row) for row in (*fitted, *held_out)]).astype(np.float64)
+        places = self.embed([self.text(row) for row in (*fitted, *held_out)]).astype(np.float64)
         of_window = np.arange(len(fitted)) >= len(before_half.fitted)
         scores = _scores(places[: len(fitted)], of_window, places[len(fitted) :], self.penalty)
-        taken = [i >= len(before_half.held_out) for i in range(len(held_out))]
-        # A row of the window without a session may have the id of one of the reference's: another row.
-        units = [f"{side:d}{session_of(row)}" for row, side in zip(held_out, taken, strict=True)]
-        areas = areas_under_curve(scores, perm.session_labellings(units, taken, self.permutations, self.seed))
+        areas = areas_under_curve(scores, self._labels(before_half.held_out, now_half.held_out))
         area, p_value = float(areas[0]), float(perm.p_values(areas)[0])
         effect = max(0.0, 2 * (area - 0.5))
         told = f"AUC {area:.3f} on {len(held_out)} held-out exchanges"
-        texts = [[self._text(row) for row in rows] for rows in (in_order(reference), in_order(now))]
+        texts = [[self.text(row) for row in rows] for rows in (in_order(reference), in_order(now))]
         return Detection(
             p_value=p_value,
             effect=effect,
@@ -118,31 +90,12 @@ class DomainClassifier(Detector):
             terms=grown_terms(texts[0], texts[1], self.examples),
         )
 
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of texts, each text embedded once a process.
-
-        Raises:
-            ModelError: If the embedding model cannot be had.
-        """
-        return vectors(texts, self.embedding_model, self.cache)
-
-    def _text(self, row: Row) -> str:
-        return row.output if self.side == "answers" else row.prompt
-
-    def _most_novel(self, rows: Sequence[Row], scores: Floats) -> tuple[NovelExchange, ...]:
-        order = np.argsort(-scores, kind="stable")[: self.examples]
-        return tuple(NovelExchange(row=rows[i], score=float(scores[i])) for i in order)
-
 
 def halves(rows: Sequence[Row]) -> Halves:
     """Split one side's rows by the hash of their session: whole sessions, whatever the order given."""
-    ordered = in_order(rows)
-    sessions = list(dict.fromkeys(session_of(row) for row in ordered))
-    fitted = set(sessions[: len(sessions) // 2])
-    parts = Halves([], [])
-    for row in ordered:
-        parts[0 if session_of(row) in fitted else 1].append(row)
-    return parts
+    sessions = by_session(rows)
+    half = len(sessions) // 2
+    return Halves(flat(sessions[:half]), flat(sessions[half:]))
 
 
 def areas_under_curve(scores: Floats, labels: perm.Labels) -> Floats:

@@ -7,13 +7,14 @@ its index come from one part, the threshold from a second, and the window is com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from monitoring.windows import Row, hashed
+from monitoring.windows import Row, hashed, session_of
 
 Floats = NDArray[np.float64]
 Groups = NDArray[np.intp]
@@ -47,23 +48,22 @@ class Features(NamedTuple):
     topics: Groups
 
 
-def session_of(row: Row) -> str:
-    """The session of a row; a row without one is a session of its own."""
-    return f"row:{row.id}" if row.session is None else f"session:{row.session}"
-
-
 def split(rows: Sequence[Row]) -> Split:
     """Split rows by the hash of their session: whole sessions, whatever the order given."""
-    ordered = in_order(rows)
-    sessions = list(dict.fromkeys(session_of(row) for row in ordered))
+    sessions = by_session(rows)
     first = round(INDEX_SHARE * len(sessions))
     second = first + round(THRESHOLD_SHARE * len(sessions))
-    index, threshold = set(sessions[:first]), set(sessions[first:second])
-    parts = Split([], [], [])
-    for row in ordered:
-        session = session_of(row)
-        parts[0 if session in index else 1 if session in threshold else 2].append(row)
-    return parts
+    return Split(flat(sessions[:first]), flat(sessions[first:second]), flat(sessions[second:]))
+
+
+def by_session(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each session, both by hash: the same whatever the order given."""
+    return [list(group) for _, group in groupby(in_order(rows), key=session_of)]
+
+
+def flat(sessions: Iterable[Sequence[Row]]) -> list[Row]:
+    """The rows of sessions."""
+    return list(chain.from_iterable(sessions))
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:

@@ -10,8 +10,8 @@ from words import SMALL, Words
 from monitoring.check import check_window
 from monitoring.detectors import Calibrated
 from monitoring.detectors import permutation as perm
-from monitoring.detectors.frozen import session_of, split
-from monitoring.windows import Reference, Row
+from monitoring.detectors.frozen import split
+from monitoring.windows import Reference, Row, session_of
 from regraft.config import MonitorSection
 from regraft.errors import DataError
 

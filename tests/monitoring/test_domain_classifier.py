@@ -11,8 +11,7 @@ from words import SMALL, Words
 from monitoring.detectors import DomainClassifier
 from monitoring.detectors import permutation as perm
 from monitoring.detectors.domain_classifier import areas_under_curve, halves
-from monitoring.detectors.frozen import session_of
-from monitoring.windows import Row
+from monitoring.windows import Row, session_of
 from regraft.errors import DataError
 
 REMIXED = {topic: ORDINARY[topic] for topic in ("bread", "garden", "bikes")}
