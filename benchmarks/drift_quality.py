@@ -14,7 +14,7 @@ from typing import Any
 from drift_kinds import exchanges
 
 from monitoring.quality import baseline_of, quality_signals
-from monitoring.sequential import step
+from monitoring.sequential import alarm_at, step
 from regraft.config import QualitySection
 from regraft.records import CapturedExchange, Evidence, Message
 
@@ -44,7 +44,7 @@ def collapse(data: Path, seed: int, kind: str, share: float) -> dict[str, Any]:
                 signal.p_value,
                 report_id=str(check),
                 begun="",
-                arl=ARL * len(signals),
+                arl=alarm_at(signal.name, ARL, len(signals)),
             )
         worse = {signal.name for signal in signals if signal.worse}
         if any(e.alarmed_by is not None and name in worse for name, e in evidence.items()):

@@ -29,6 +29,7 @@ from regraft.cluster import local
 from regraft.cluster.locks import cluster_lock
 from regraft.config import Experiment
 from regraft.records import CapturedExchange, DriftReport, RetrainDecision
+from regraft.tracking.ledger import Ledger
 
 #: Alarms of faults; with one of them open, no traffic is taken for ordinary.
 _FAULTS = ("behaviour", "quality")
@@ -73,11 +74,9 @@ def watch(
     """
     now = now or datetime.now(UTC)
     with _alone(experiment, connection):
+        if act:  # before the champion is looked up: what is finished may move the alias
+            reconcile(path, experiment, connection, Ledger(connection.tracker(experiment)), say)
         scene = Scene.of(path, experiment, connection, now, say)
-        if act:
-            reconcile(path, experiment, connection, scene.ledger, say)
-            # What that found to be finished may have moved the alias.
-            scene = Scene.of(path, experiment, connection, now, say)
         teller = Teller(experiment, connection.workspace, say)
         teller.outcomes(scene.ledger, experiment.name, now)
         return list(_rounds(_with_traffic(scene), teller, close=close, act=act))
@@ -119,7 +118,7 @@ def _with_traffic(scene: Scene) -> Scene:
     reference = scene.reference
     if reference.source == "traffic" or scene.experiment.monitor.reference_rows == 0:
         return scene
-    last = scene.ledger.latest(scene.champion.name, scene.champion.version, reference.id)
+    last = scene.latest()
     if last is not None and last.kind in _FAULTS:
         return scene
     frozen = freeze_traffic(
@@ -150,7 +149,7 @@ def _rounds(scene: Scene, teller: Teller, *, close: bool, act: bool) -> Iterator
     for span in spans:
         watched = _one(scene, previous, span, act=act)
         teller.checked(watched.report, watched.decision)
-        previous = scene.latest()
+        previous = watched.report
         yield watched
 
 
@@ -162,7 +161,7 @@ def _one(
 
     start, end = (time.astimezone(UTC).isoformat(timespec="microseconds") for time in span)
     sample = scene.sample(*span)
-    checked = scene.check(sample.exchanges, previous, start, end)
+    checked = scene.check(sample.exchanges, scene.carried(previous) if previous else None, start, end)
     report = checked.report.model_copy(update={"exchanges": sample.total})
     ledger = scene.ledger
     scene.say(f"{sample.total} exchanges of {scene.champion.served_id}, {start} to {end}: {report.status}")

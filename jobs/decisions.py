@@ -30,7 +30,8 @@ from regraft.records import (
     ModelVersion,
     RetrainDecision,
 )
-from regraft.tracking.ledger import Ledger, utc
+from regraft.times import utc
+from regraft.tracking.ledger import Ledger
 from regraft.tracking.registry import Registry
 
 #: So many reports are looked through for windows that looked changed after an alarm.

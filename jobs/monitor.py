@@ -21,7 +21,7 @@ from jobs.heartbeat import Found, Heartbeat, heartbeat_file, sole
 from jobs.workspace import Workspace
 from monitoring.gauges import Gauges
 from monitoring.schedule import run_forever, settling
-from regraft.config import Experiment
+from regraft.config import Experiment, experiment_file
 from regraft.errors import RegraftError, ServiceError
 
 #: Status with which `regraft monitor once` ends if it found an alarm.
@@ -191,7 +191,7 @@ def run(path: Path, work: Round = one_round) -> None:
         ConfigError: If the experiment's file is wrong.
         ServiceError: If a monitor of this model runs in this workspace already.
     """
-    path = (path / "regraft.yaml" if path.is_dir() else path).resolve()
+    path = experiment_file(path).resolve()
     experiment = Experiment.load(path)
     workspace = Workspace()
     with sole(workspace, experiment.name):
@@ -226,7 +226,7 @@ def run(path: Path, work: Round = one_round) -> None:
 
 def once(path: Path, work: Round = one_round) -> bool:
     """One round here and now, for a scheduler that is there already; whether a window alarms."""
-    path = (path / "regraft.yaml" if path.is_dir() else path).resolve()
+    path = experiment_file(path).resolve()
     found = work(path, datetime.now(UTC))
     gauges = Gauges()
     for each in found:

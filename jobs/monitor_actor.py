@@ -26,7 +26,7 @@ from jobs.workspace import Connection, Workspace
 from monitoring.schedule import settling
 from regraft.cluster import local
 from regraft.cluster.locks import NAMESPACE
-from regraft.config import Experiment
+from regraft.config import Experiment, experiment_file
 from regraft.errors import RegraftError, ServiceError
 from regraft.processes import end_process
 from regraft.tracking.ledger import Ledger
@@ -186,7 +186,7 @@ def withdraw(name: str) -> bool:
 
 def run_deploy(path: Path) -> None:
     """Deploy from the command line."""
-    path = path / "regraft.yaml" if path.is_dir() else path
+    path = experiment_file(path)
     experiment = Experiment.load(path)
     connection = Workspace().connect(experiment)
     local.join(connection.ray_address)

@@ -25,7 +25,7 @@ from jobs.serve import serve, wait_for_champion
 from jobs.sweep import sweep
 from jobs.workspace import Connection, Workspace, connected
 from regraft.cluster.jobs import follow
-from regraft.config import Experiment
+from regraft.config import Experiment, experiment_file
 from regraft.data.chats import read_chats
 from regraft.data.dataset import load_dataset
 from regraft.errors import RegraftError, ServiceError
@@ -240,7 +240,7 @@ class Quickstart:
 
 def run(path: Path) -> None:
     """The quickstart on an experiment folder that also holds `data/traffic.jsonl` and the storm week."""
-    path = path / "regraft.yaml" if path.is_dir() else path
+    path = experiment_file(path)
     experiment = Experiment.load(path)
     data = path.parent / "data"
     storm = [

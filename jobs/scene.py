@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from monitoring.windows import Reference
 from regraft.config import Experiment
 from regraft.errors import RegraftError
 from regraft.records import CapturedExchange, DriftReport, Evidence, Feedback, ModelVersion
+from regraft.times import utc
 from regraft.tracking.ledger import Ledger
 
 #: Sessions of a window that quality is measured on at most; drift looks at `monitor.max_rows` of them.
@@ -91,13 +92,14 @@ class Scene(NamedTuple):
         return found
 
     def latest(self) -> DriftReport | None:
-        """The last report against the present reference, without the evidence of alarms that were dealt with.
+        """The last report against the present reference; None before the first."""
+        return self.ledger.latest(self.champion.name, self.champion.version, self.reference.id)
+
+    def carried(self, report: DriftReport) -> DriftReport:
+        """A report without the evidence of alarms that were dealt with.
 
         That has to be gathered anew: what a retraining or a rollback did not mend raises another alarm.
         """
-        report = self.ledger.latest(self.champion.name, self.champion.version, self.reference.id)
-        if report is None:
-            return None
         raised = {e.alarmed_by for e in report.evidence.values() if e.alarmed_by}
         dealt = {
             decision.alarm_id
@@ -142,7 +144,7 @@ class Scene(NamedTuple):
         )
         evidence = previous.evidence if previous else {}
         grown = min((e.since for n, e in evidence.items() if n in (DRIFT, PROMPTS) and e.since), default="")
-        before = self.sample(_time(grown), _time(start)).exchanges if grown and start else ()
+        before = self.sample(utc(grown), utc(start)).exchanges if grown and start else ()
         return check_window(
             self.reference,
             exchanges,
@@ -161,8 +163,3 @@ class Scene(NamedTuple):
         folder = self.connection.workspace / "reports"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"drift-{self.experiment.name}-{report.id}.html"
-
-
-def _time(text: str) -> datetime:
-    time = datetime.fromisoformat(text)
-    return time.replace(tzinfo=UTC) if time.tzinfo is None else time

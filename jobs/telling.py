@@ -10,7 +10,8 @@ from jobs.console import Say
 from monitoring.webhook import Event, Payload, Webhook, message_id
 from regraft.config import Experiment
 from regraft.records import DriftReport, RetrainDecision
-from regraft.tracking.ledger import Ledger, utc
+from regraft.times import utc
+from regraft.tracking.ledger import Ledger
 
 #: Outcomes older than this are no news, wherever a monitor begins afresh.
 _NEWS = timedelta(days=7)

@@ -15,7 +15,7 @@ from jobs.quickstart import check_ports
 from jobs.serve import serve
 from jobs.workspace import Service, Workspace
 from regraft.cluster import local
-from regraft.config import Experiment
+from regraft.config import Experiment, experiment_file
 
 
 def up(path: Path) -> None:
@@ -23,7 +23,7 @@ def up(path: Path) -> None:
 
     Without a champion the endpoint and the monitor wait for a sweep: the rest comes up.
     """
-    path = path / "regraft.yaml" if path.is_dir() else path
+    path = experiment_file(path)
     experiment = Experiment.load(path)
     workspace = Workspace()
     check_ports(experiment, workspace)

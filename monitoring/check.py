@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from monitoring.detectors import DETECTOR_CLASSES, Calibrated, Detection, Detector, parse_detector
 from monitoring.explaining import Explained, explain
-from monitoring.sequential import DRIFT, PROMPTS, step
+from monitoring.sequential import DRIFT, PROMPTS, alarm_at, step
 from monitoring.windows import Reference, Row, Window, sampled
 from monitoring.wording import summary
 from regraft.config import MonitorSection
@@ -234,16 +234,15 @@ def _stepped(
     arl: float,
     signals: int,
 ) -> dict[str, Evidence]:
-    """The evidence with this check in it.
-
-    Answers alarm falsely once in `arl` checks on average, so do prompts, and so do the quality signals
-    together: each of these has to gather as many times as much as there are.
-    """
+    """The evidence with this check in it."""
     evidence = dict(previous.evidence) if previous else {}
     for name, p_value in p_values.items():
-        length = arl if name in (DRIFT, PROMPTS) else arl * max(1, signals)
         evidence[name] = step(
-            evidence.get(name, Evidence()), p_value, report_id=report_id, begun=begun, arl=length
+            evidence.get(name, Evidence()),
+            p_value,
+            report_id=report_id,
+            begun=begun,
+            arl=alarm_at(name, arl, signals),
         )
     return evidence
 

@@ -11,9 +11,10 @@ from datetime import datetime
 from typing import NamedTuple
 
 from monitoring.sequential import DRIFT, PROMPTS
-from monitoring.waiting import Facts, readable, unmet, utc
+from monitoring.waiting import Facts, readable, unmet
 from regraft.config import RetrainSection
 from regraft.records import Action, DriftReport, RetrainDecision, content_hash
+from regraft.times import utc
 
 __all__ = ["Facts", "decide", "job_of"]
 

@@ -52,6 +52,20 @@ def step(evidence: Evidence, p_value: float, *, report_id: str, begun: str, arl:
     )
 
 
+def alarm_at(name: str, arl: float, signals: int) -> float:
+    """The evidence at which a question alarms.
+
+    Answers alarm falsely once in `arl` checks on average, so do prompts, and so do the quality signals
+    together: each of these has to gather as many times as much as there are.
+
+    Args:
+        name: What was asked: `DRIFT`, `PROMPTS`, or a quality signal.
+        arl: The average run length.
+        signals: How many quality signals there are.
+    """
+    return arl if name in (DRIFT, PROMPTS) else arl * max(1, signals)
+
+
 def e_value(p_value: float) -> float:
     """Turn a p-value into an e-value: on average at most 1 if nothing changed.
 

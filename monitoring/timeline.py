@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import NamedTuple
 
-from monitoring.sequential import DRIFT, PROMPTS
+from monitoring.sequential import DRIFT, PROMPTS, alarm_at
 from regraft.records import DriftReport, QualitySignal, RetrainDecision
+from regraft.times import utc
 
 #: Columns of `history_table`.
 COLUMNS = ("window", "exchanges", "verdict", "p-value", "effect", "evidence", "alarms", "kind", "decision")
@@ -63,13 +64,8 @@ def metric_points(report: DriftReport) -> tuple[Point, ...]:
 
 
 def alarm_line(report: DriftReport, name: str) -> float | None:
-    """The evidence at which `name` alarms; None where the report does not say the average run length.
-
-    A quality signal's is as many times that as there are signals: see `monitoring.check`.
-    """
-    if report.arl is None:
-        return None
-    return report.arl if name in _EVIDENCE else report.arl * max(1, len(report.quality))
+    """The evidence at which `name` alarms; None where the report does not say the average run length."""
+    return None if report.arl is None else alarm_at(name, report.arl, len(report.quality))
 
 
 def evidence_share(report: DriftReport, name: str) -> float | None:
@@ -155,10 +151,7 @@ def quality_verdict(report: DriftReport, signal: QualitySignal) -> str:
 
 def instant(time: str) -> datetime | None:
     """A time in ISO 8601; without a zone it is taken for UTC. None for ""."""
-    if not time:
-        return None
-    found = datetime.fromisoformat(time)
-    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    return utc(time) if time else None
 
 
 def clock(time: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from regraft.config import RetrainSection
 from regraft.monitor_sections import MINUTES_A_WEEK, blackout_minutes
 from regraft.records import Record
+from regraft.times import utc
 
 #: What the monthly budgets look back on.
 MONTH = timedelta(days=30)
@@ -119,8 +120,3 @@ def readable(moment: datetime) -> str:
     if whole < time:
         whole += timedelta(minutes=1)
     return f"{whole:%Y-%m-%d %H:%M} UTC"
-
-
-def utc(moment: datetime) -> datetime:
-    """A time in UTC; one without a zone is taken for it."""
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

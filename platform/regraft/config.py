@@ -57,7 +57,13 @@ __all__ = [
     "SweepSection",
     "TrackingSection",
     "WebhookSection",
+    "experiment_file",
 ]
+
+
+def experiment_file(path: Path) -> Path:
+    """The file of an experiment, given that or its folder."""
+    return path / "regraft.yaml" if path.is_dir() else path
 
 
 class Experiment(Section):
@@ -137,9 +143,7 @@ class Experiment(Section):
             ConfigError: If the file is missing, is not YAML, or has a wrong key or value. The message names
                 the line and the field.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = path / "regraft.yaml"
+        path = experiment_file(Path(path))
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from regraft.errors import DataError
 from regraft.records import Action, DecisionOutcome, DriftReport, RetrainDecision
+from regraft.times import utc
 from regraft.tracking.client import guarded, has_code, log_decision, to_json
 from regraft.tracking.experiment import TrackedExperiment
 from regraft.tracking.trials import TAG_CHARACTERS
@@ -270,12 +271,6 @@ class Ledger(TrackedExperiment):
         self._client.log_batch(run.info.run_id, metrics=metrics)
         if run.info.status == "RUNNING":
             self._client.set_terminated(run.info.run_id)
-
-
-def utc(moment: datetime | str) -> datetime:
-    """A time in UTC; one without a zone is taken for it."""
-    time = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
-    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
 def _figures(report: DriftReport) -> dict[str, float]:
