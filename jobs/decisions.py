@@ -32,7 +32,7 @@ from regraft.records import (
 )
 from regraft.times import utc
 from regraft.tracking.ledger import Ledger
-from regraft.tracking.registry import Registry
+from regraft.tracking.registry import PromotionConflictError, Registry
 
 #: So many reports are looked through for windows that looked changed after an alarm.
 _REPORTS = 200
@@ -287,7 +287,11 @@ def _go_back(
             "point the alias to another version by `regraft rollback`",
         )
     if champion.version == decision.model_version:
-        roll_back(experiment, connection, former.version, say)
+        try:
+            roll_back(experiment, connection, former.version, say, instead_of=champion)
+        except PromotionConflictError as conflict:  # while this waited for the lock
+            say(f"{conflict.problem}: not gone back")
+            return None
     elif champion.version != former.version:
         return None  # another was promoted meanwhile: nothing is left to go back from
     return ledger.note_outcome(

@@ -10,8 +10,8 @@ from jobs.evaluate import evaluate_version
 from jobs.evaluation_sets import keep_sets
 from jobs.parity import check_parity
 from jobs.references import freeze_evaluation
+from jobs.rollback import promoting
 from jobs.workspace import Connection
-from regraft.cluster.locks import cluster_lock
 from regraft.cluster.quiet import QuietWorker
 from regraft.config import Constraint, Experiment
 from regraft.data.dataset import evaluation_parts
@@ -210,5 +210,5 @@ def settle(
         return
     freeze_evaluation(experiment, version, (winner.report, winner.final), connection)
     keep_sets(registry, version, dataset)
-    with cluster_lock(f"promotion:{experiment.name}"):
+    with promoting(experiment.name, connection):
         registry.promote(version, decision, expected=champion, promotion_lock=connection.promotion_lock)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,10 @@ from jobs.retrain import conclude, drawn, fresh_dataset, retrain_experiment
 from jobs.review import reviewed
 from jobs.workspace import Connection
 from monitoring.policy import Facts, decide
+from regraft.cluster import local
 from regraft.cluster.jobs import client, follow
-from regraft.cluster.local import start_local_ray, stop_local_ray
+from regraft.cluster.local import LocalRay, start_local_ray, stop_local_ray
+from regraft.cluster.locks import cluster_lock
 from regraft.config import Experiment
 from regraft.data.chats import read_chats, write_chats
 from regraft.errors import DataError, ServiceError
@@ -163,12 +168,27 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def jobs_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRay]:
     ray = start_local_ray(
         tmp_path_factory.mktemp("ray"), num_cpus=2, num_gpus=None, dashboard_port=0, environment={}
     )
-    yield ray.dashboard_url
+    yield ray
     stop_local_ray(ray.pid)
+
+
+@pytest.fixture(scope="module")
+def jobs_url(cluster: LocalRay) -> str:
+    return cluster.dashboard_url
+
+
+@pytest.fixture
+def joined(cluster: LocalRay, case: Case) -> Iterator[Case]:
+    """The case on a cluster, which this process leaves afterwards."""
+    import ray
+
+    case.connection = case.connection.model_copy(update={"ray_address": cluster.address})
+    yield case
+    ray.shutdown()
 
 
 @pytest.fixture
@@ -269,8 +289,9 @@ def test_nothing_is_carried_out_that_is_not_in_the_ledger(case: Case) -> None:
 
 
 def test_going_back_is_done_once_and_only_from_the_version_it_was_decided_about(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+    joined: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    case = joined
     first, second, third = case.promote(3)
     case.change(roll_back="automatic")
     seen = report(kind="behaviour", model_version=third.version)
@@ -300,6 +321,40 @@ def test_going_back_is_done_once_and_only_from_the_version_it_was_decided_about(
     case.connection.registry.set_alias(case.experiment.name, "champion", first.version)
     assert carry_out(case.path, case.experiment, stale, case.connection, case.ledger, say) is None
     assert case.champion() == first.version
+
+
+@pytest.mark.parametrize("held", ["by the cluster", "by the registry"])
+def test_going_back_waits_for_a_promotion_under_way_and_leaves_what_it_promoted(
+    joined: Case, held: str
+) -> None:
+    case = joined
+    first, second, third = case.promote(3)
+    name = case.experiment.name
+    case.change(roll_back="automatic")
+    seen = report(kind="behaviour", model_version=second.version)
+    case.connection.registry.set_alias(name, "champion", second.version)
+    decision = case.ledger.note(case.decided(seen, former_champion=first.version))
+    outcomes: list[DecisionOutcome | None] = []
+
+    def go_back() -> None:
+        outcomes.append(carry_out(case.path, case.experiment, decision, case.connection, case.ledger, say))
+
+    local.join(case.connection.ray_address)
+    thread = threading.Thread(target=go_back)
+    with ExitStack() as promotion:
+        if held == "by the cluster":
+            promotion.enter_context(cluster_lock(f"promotion:{name}"))
+        else:
+            file = promotion.enter_context(case.connection.promotion_lock.open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        thread.start()
+        thread.join(1.5)
+        assert case.champion() == second.version
+        case.connection.registry.set_alias(name, "champion", third.version)
+    thread.join(60)
+    assert outcomes == [None]
+    assert case.champion() == third.version
+    assert case.ledger.outcome(decision.id) is None
 
 
 def test_a_rollback_that_is_only_proposed_moves_nothing(case: Case) -> None:

@@ -156,7 +156,7 @@ class Registry:
 
     @guarded
     def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Point an alias to a version. The champion's is moved by `promote` instead."""
+        """Point an alias to a version. The champion's is moved by `promote` and `return_to` instead."""
         self._client.set_registered_model_alias(name, alias, str(version))
 
     @guarded
@@ -199,6 +199,30 @@ class Registry:
             for key, value in {"promotion.id": decision.id, "promotion.outcome": decision.outcome}.items():
                 self._client.set_model_version_tag(version.name, str(version.version), key, value)
             self._client.set_registered_model_alias(version.name, CHAMPION, str(version.version))
+
+    @guarded
+    def return_to(
+        self, version: ModelVersion, *, instead_of: ModelVersion | None, promotion_lock: Path
+    ) -> ModelVersion | None:
+        """Make a version the champion by a person's or a fault's word; gives the champion before.
+
+        Args:
+            version: The new champion.
+            instead_of: The champion that is gone back from; None: whichever it is.
+            promotion_lock: The file that all promoters of this registry lock.
+
+        Raises:
+            PromotionConflictError: If the champion is another than `instead_of`.
+        """
+        with _locked(promotion_lock):
+            current = self.by_alias(version.name, CHAMPION)
+            if instead_of is not None and current != instead_of:
+                raise PromotionConflictError(
+                    f"the champion of {version.name} is {_name(current)}, not {_name(instead_of)}",
+                    "see whether the present champion is to be gone back from too",
+                )
+            self._client.set_registered_model_alias(version.name, CHAMPION, str(version.version))
+            return current
 
     @guarded
     def judged(self, version: ModelVersion) -> PromotionDecision | None:
