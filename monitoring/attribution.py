@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from monitoring.descriptors import describe_full
 from monitoring.detectors.calibrated import Calibrated
 from monitoring.detectors.embedded import fresh
-from monitoring.detectors.frozen import by_session, in_order, split
+from monitoring.detectors.frozen import by_session, split
 from monitoring.matching import BEHAVIOUR_ALPHA, MatchedTest
 from monitoring.topics import Topics, sort_texts
 from monitoring.windows import Row
@@ -86,21 +86,6 @@ def attribute(
     )
 
 
-def segments(reference: Sequence[Row], window: Sequence[Row], detector: Calibrated) -> dict[str, str]:
-    """The topic of each row's prompt, by the row's id, so that quality can be told for each.
-
-    A window's prompts that are like none of the reference's are in new topics of their own, or in
-    `monitoring.topics.SCATTERED_NAME`. Where an id is on both sides, the window's row counts.
-
-    Raises:
-        DataError: If the reference is too small to split.
-        ModelError: If the embedding model cannot be had.
-    """
-    rows = [*in_order(reference), *in_order(window)]
-    sorted_in = _sort("prompt", reference, rows, detector)
-    return {row.id: sorted_in.name(int(group)) for row, group in zip(rows, sorted_in.group, strict=True)}
-
-
 def _where(
     inputs_p: float | None, outputs_p: float | None
 ) -> Literal["inputs", "outputs", "both", "neither"]:
@@ -119,7 +104,19 @@ def _one_each(rows: Sequence[Row]) -> list[Row]:
     return [session[0] for session in by_session(rows)]
 
 
-def _sort(side: Side, reference: Sequence[Row], rows: Sequence[Row], detector: Calibrated) -> Topics:
+def sort_rows(side: Side, reference: Sequence[Row], rows: Sequence[Row], detector: Calibrated) -> Topics:
+    """Sort one side of rows into the topics of the reference and new ones.
+
+    Args:
+        side: Prompts or answers.
+        reference: The part of it that the detector maps makes and names the topics.
+        rows: Of the window, the reference or both, in an order that does not tell which.
+        detector: Whose map and embeddings are used.
+
+    Raises:
+        DataError: If the reference is too small to split.
+        ModelError: If the embedding model cannot be had.
+    """
     of_side = _of(side, detector)
     mapped, texts = ([of_side.text(row) for row in some] for some in (split(reference).mapped, rows))
     embed = detector.embed
@@ -140,7 +137,7 @@ def _topic_changes(
     in_window = np.arange(len(rows)) >= len(compared)
     # Sorted blind to the side: by hash alone.
     blind = sorted(range(len(rows)), key=lambda i: (rows[i].id, in_window[i]))
-    sorted_in = _sort(side, reference, [rows[i] for i in blind], detector)
+    sorted_in = sort_rows(side, reference, [rows[i] for i in blind], detector)
     group = np.empty(len(rows), dtype=np.intp)
     group[blind] = sorted_in.group
     like = (group >= 0) & (group < sorted_in.known)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from monitoring.detectors import DETECTOR_CLASSES, Calibrated, Detection, Detector, parse_detector
 from monitoring.explaining import Explained, explain
+from monitoring.measures import SERVICE
 from monitoring.sequential import DRIFT, PROMPTS, alarm_at, step
 from monitoring.windows import Reference, Row, Window, sampled
 from monitoring.wording import summary
@@ -25,9 +26,6 @@ from regraft.records import (
     TestResult,
     content_hash,
 )
-
-#: Signals of the service, which no training mends.
-SERVICE = frozenset({"error_rate", "empty_rate", "latency_p95_ms", "first_token_p95_ms"})
 
 
 class Checked(NamedTuple):

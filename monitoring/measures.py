@@ -18,6 +18,9 @@ LOOP_SHARE = 0.5
 LOOP_WORDS, LOOP_CHARACTERS = 12, 60
 #: Nobody waited for the end of such an answer: its text says nothing of the model.
 UNFINISHED = frozenset({"aborted", "withdrawn"})
+#: Measures of the service rather than of answers: load, hardware and the network move them. No training mends
+#: them, and another version would be as slow or fail as often. An empty answer is the model's own.
+SERVICE = frozenset({"error_rate", "latency_p95_ms", "first_token_p95_ms"})
 _REFUSAL = Refusal()
 
 
@@ -57,9 +60,14 @@ def failed(exchange: CapturedExchange) -> bool:
 
 def unit_of(exchange: CapturedExchange) -> str:
     """What an exchange belongs to: its session, or the request, whose choices are alike."""
-    if exchange.session is not None:
-        return f"session:{exchange.session}"
-    return f"row:{exchange.id.removesuffix(f'-{exchange.choice}')}"
+    return unit(exchange.session, exchange.id, exchange.choice)
+
+
+def unit(session: str | None, identifier: str, choice: int) -> str:
+    """`unit_of` an exchange with this session, id and choice."""
+    if session is not None:
+        return f"session:{session}"
+    return f"row:{identifier.removesuffix(f'-{choice}')}"
 
 
 def marks(exchanges: Sequence[CapturedExchange]) -> dict[str, tuple[dict[str, bool], str]]:

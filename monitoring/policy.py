@@ -10,6 +10,7 @@ import re
 from datetime import datetime
 from typing import NamedTuple
 
+from monitoring.measures import SERVICE
 from monitoring.sequential import DRIFT, PROMPTS
 from monitoring.waiting import Facts, readable, unmet
 from regraft.config import RetrainSection
@@ -17,10 +18,6 @@ from regraft.records import Action, DriftReport, RetrainDecision, content_hash
 from regraft.times import utc
 
 __all__ = ["Facts", "decide", "job_of"]
-
-#: Measures of the endpoint rather than of answers: load, hardware and the network move them, and another
-#: version would be as slow or fail as often.
-_SERVING = re.compile(r"(error_rate|latency|first_token)")
 
 
 class _Verdict(NamedTuple):
@@ -89,7 +86,7 @@ def _judge(report: DriftReport, settings: RetrainSection, facts: Facts, now: dat
 
 
 def _worse(worse: tuple[str, ...], settings: RetrainSection, facts: Facts) -> _Verdict:
-    if worse and all(_SERVING.match(name) for name in worse):
+    if worse and SERVICE.issuperset(worse):
         return _Verdict(
             "watch",
             f"The endpoint got worse ({', '.join(worse)}), not its answers: look at its load, its machines "

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from monitoring.attribution import sort_rows
 from monitoring.baseline import QualityBaseline
 from monitoring.detectors import Calibrated
-from monitoring.detectors.text import grown_terms
+from monitoring.measures import unit_of
 from monitoring.quality import baseline_of_rows, by_segment
-from monitoring.windows import Row
+from monitoring.windows import Row, hashed
 from regraft.monitor_sections import MonitorSection
 from regraft.records import CapturedExchange, Feedback
 
 #: Fewer reference rows of a topic than this say nothing of how well it was answered.
 _FEWEST = 20
-_TERMS = 3
+#: Exchanges that are sorted at most: each prompt is embedded.
+_MOST = 5000
 
 
 def worse_segments(
@@ -29,12 +32,13 @@ def worse_segments(
 ) -> tuple[str, ...]:
     """Names of the reference's topics whose quality fell, significantly and by more than is allowed.
 
-    Topics are those of the reference's prompts (k-means on their embeddings), and an exchange belongs to the
-    one that its prompt is nearest to. Each topic is held against its own answers in the reference. Of those
-    the texts alone are known: empty, refusing and repetitive answers; of the others, what the settings allow.
+    Topics are those that a report names (`monitoring.topics`), of prompts; what is like none of the
+    reference's was never answered before, and is left out. Each topic is held against its own answers in the
+    reference. Of those the texts alone are known: empty, refusing and repetitive answers; of the others, what
+    the settings allow.
 
     Args:
-        exchanges: Of the window, those that failed too.
+        exchanges: Of the window, those that failed too; of more than 5000 whole sessions, chosen by hash.
         reference: Rows that the window was compared with.
         settings: How much worse is worse; `alpha` is shared by all topics and measures.
         feedback: On any answers.
@@ -48,44 +52,32 @@ def worse_segments(
     asked = [e for e in exchanges if e.prompt_text.strip()]
     if not asked:
         return ()
+    asked = sorted(asked, key=lambda e: (hashed(unit_of(e)), hashed(e.id)))[:_MOST]
     if detector is None:
         given = {k: v for k, v in settings.detector.items() if k in ("embedding_model", "topics", "seed")}
         detector = Calibrated.model_validate(given | {"cache": cache})
-    frozen, embed = detector.model_copy(update={"side": "prompts"}).frozen(reference), detector.embed
-
-    def topics(texts: Sequence[str]) -> list[int]:
-        return [int(topic) for topic in frozen.features(embed(texts)).topics]
-
-    of_reference = topics([row.prompt for row in reference])
-    members: dict[int, list[Row]] = {}
-    for row, topic in zip(reference, of_reference, strict=True):
-        members.setdefault(topic, []).append(row)
-    names = {topic: _name(topic, rows, reference) for topic, rows in members.items() if len(rows) >= _FEWEST}
-    segments = {
-        e.id: names[topic]
-        for e, topic in zip(asked, topics([e.prompt_text for e in asked]), strict=True)
-        if topic in names
-    }
-    found = by_segment(
+    before = sorted(reference, key=lambda row: hashed(row.id))
+    now = [Row(id=e.id, prompt=e.prompt_text, output=e.output) for e in asked]
+    found = sort_rows("prompt", reference, [*before, *now], detector)
+    names = [found.names[g] if 0 <= g < found.known else None for g in found.group.tolist()]
+    members: dict[str, list[Row]] = defaultdict(list)
+    for name, row in zip(names, before, strict=False):
+        if name is not None:
+            members[name].append(row)
+    signals = by_segment(
         asked,
-        segments,
+        {
+            e.id: name
+            for e, name in zip(asked, names[len(before) :], strict=True)
+            if name is not None and len(members[name]) >= _FEWEST
+        },
         QualityBaseline(),
         settings.quality,
-        baselines={names[topic]: baseline_of_rows(members[topic]) for topic in names},
+        baselines={name: baseline_of_rows(rows) for name, rows in members.items()},
         feedback=feedback,
     )
     return tuple(
         name
-        for name, signals in found.items()
-        if any(
-            s.worse and s.p_value is not None and s.p_value * len(signals) <= settings.alpha for s in signals
-        )
+        for name, own in signals.items()
+        if any(s.worse and s.p_value is not None and s.p_value * len(own) <= settings.alpha for s in own)
     )
-
-
-def _name(topic: int, rows: Sequence[Row], reference: Sequence[Row]) -> str:
-    """The terms that tell a topic's prompts from all others; its number where nothing does."""
-    own = {row.id for row in rows}
-    others = [row.prompt for row in reference if row.id not in own]
-    terms = grown_terms(others, [row.prompt for row in rows], _TERMS) if others else ()
-    return f"{', '.join(term.text for term in terms) or 'topic'} ({topic})"

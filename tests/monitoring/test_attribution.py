@@ -7,7 +7,7 @@ import pytest
 from traffic import NEW, ORDINARY, rows
 from words import SMALL, Words
 
-from monitoring.attribution import attribute, segments
+from monitoring.attribution import attribute, sort_rows
 from monitoring.matching import matched_test
 from monitoring.topics import MIN_TEXTS, SCATTERED_NAME, new_topics, topic_names
 from monitoring.windows import Row
@@ -122,11 +122,12 @@ def test_likelihood_is_compared_where_it_is_known():
     assert -1 < found.descriptors[0].reference < -0.5
 
 
-def test_segments_put_like_prompts_together_and_new_ones_apart():
+def test_topics_put_like_prompts_together_and_new_ones_apart():
     new, odd = rows(SPACE, 20, 3, "n"), Row(id="odd", prompt="zzz qqq xxx", output="?")
     known = {topic: rows({topic: words}, 20, 5, topic) for topic, words in ORDINARY.items()}
-    found = segments(REFERENCE, [*new, odd, *(r for some in known.values() for r in some)], DETECTOR)
-    assert set(found) >= {r.id for r in REFERENCE}
+    given = [*REFERENCE, *new, odd, *(r for some in known.values() for r in some)]
+    topics = sort_rows("prompt", REFERENCE, given, DETECTOR)
+    found = {row.id: topics.name(int(group)) for row, group in zip(given, topics.group, strict=True)}
     assert len({found[r.id] for r in new}) == 1
     assert found["odd"] == SCATTERED_NAME
     of_topic = {topic: {found[r.id] for r in some} - {SCATTERED_NAME} for topic, some in known.items()}

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from monitoring.check import _kind
+from monitoring.explaining import Explained
 from monitoring.policy import Facts, decide, job_of
 from monitoring.waiting import blackout_end
 from regraft.config import RetrainSection
@@ -104,6 +106,14 @@ def test_an_endpoint_that_is_slow_or_fails_is_looked_at_and_keeps_its_champion(
     )
     assert (decision.action, decision.page) == ("watch", True)
     assert ", ".join(alarms) in decision.reason
+
+
+def test_empty_answers_are_the_models_own_wherever_they_are_looked_at() -> None:
+    seen = report("drift", "quality", alarms=("empty_rate", "latency_p95_ms"))
+    assert decide(seen, settings(roll_back="automatic"), facts(), now=NOW).action == "roll_back"
+    new = Explained("new_content")
+    assert _kind(new, ("drift", "empty_rate")) == "new_content"
+    assert _kind(new, ("drift", "error_rate")) == "quality"
 
 
 def test_answers_that_got_worse_count_though_there_are_too_few_texts_to_compare() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from traffic import ORDINARY, exchange, rows
+from traffic import NEW, ORDINARY, exchange, rows
 from words import SMALL, Words
 
 from monitoring.segments import worse_segments
@@ -39,6 +39,14 @@ def test_a_topic_that_is_refused_is_named_by_its_words_and_the_others_are_not(re
     for name in found:
         assert set(name.rsplit(" (", 1)[0].replace(",", "").split()) & set(ORDINARY["bikes"])
         assert not set(name.rsplit(" (", 1)[0].replace(",", "").split()) & set(ORDINARY["music"])
+
+
+def test_a_new_topic_has_no_answers_to_be_worse_than(reference: list[Row]) -> None:
+    sorry = "I'm sorry, but I cannot help with that."
+    new = [exchange(row, i, output=sorry) for i, row in enumerate(rows(NEW, 80, 6, "n"))]
+    assert worse_segments([*asked(), *new], reference, SETTINGS, detector=DETECTOR) == ()
+    (worse,) = worse_segments([*asked("bikes"), *new], reference, SETTINGS, detector=DETECTOR)
+    assert set(worse.split(", ")) <= set(ORDINARY["bikes"]), "called by its words, as the report does"
 
 
 def test_more_of_a_topic_that_is_answered_as_before_is_no_loss(reference: list[Row]) -> None:
