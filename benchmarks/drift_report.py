@@ -161,8 +161,8 @@ def ours(folder: Path) -> Found:
     times = store.times(every=DAY, most=settings.min_rows, model="support", version=1)
     (span,) = close_windows(times, START, due(START, START + DAY, DAY), settings.min_rows).closed
     clock.lap("times")
-    stream = store.stream(start=span[0], end=span[1], model="support", version=1)
-    sampled = sampled_exchanges(stream, settings.max_rows)
+    parts = store.parts(start=span[0], end=span[1], model="support", version=1)
+    sampled = sampled_exchanges(parts)
     clock.lap("sampling")
     quality = quality_signals(sampled.exchanges, reference.quality, settings.quality)
     clock.lap("quality")

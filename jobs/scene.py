@@ -14,7 +14,7 @@ from jobs.workspace import Connection
 from monitoring.check import Checked, check_window, detector_of
 from monitoring.detectors import Calibrated
 from monitoring.quality import quality_signals
-from monitoring.sampling import Sampled, sampled_exchanges
+from monitoring.sampling import MOST_SESSIONS, Sampled, sampled_exchanges
 from monitoring.sequential import DRIFT, PROMPTS
 from monitoring.windows import Reference
 from regraft.config import Experiment
@@ -22,9 +22,6 @@ from regraft.errors import RegraftError
 from regraft.records import CapturedExchange, DriftReport, Evidence, Feedback, ModelVersion
 from regraft.times import utc
 from regraft.tracking.ledger import Ledger
-
-#: Sessions of a window that quality is measured on at most; drift looks at `monitor.max_rows` of them.
-MOST_SESSIONS = 20_000
 
 
 class Scene(NamedTuple):
@@ -66,8 +63,8 @@ class Scene(NamedTuple):
         """What the champion answered in a stretch of time; of more than can be looked at, whole sessions."""
         store = captured(self.experiment, self.connection)
         model, version = self.champion.name, self.champion.version
-        stream = store.stream(start=start, end=end, model=model, version=version)
-        return sampled_exchanges(stream, MOST_SESSIONS, salt=f"{start}")
+        parts = store.parts(start=start, end=end, model=model, version=version)
+        return sampled_exchanges(parts, MOST_SESSIONS, salt=f"{start}")
 
     def times(self, start: datetime | None) -> list[tuple[datetime, str | None]]:
         """When the champion's sessions began, as far as windows are closed by them."""

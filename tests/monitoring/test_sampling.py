@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import random
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from monitoring.measures import marks
-from monitoring.sampling import sampled_exchanges
+from monitoring.sampling import Sampled
+from monitoring.sampling import sampled_exchanges as sampled_tables
 from monitoring.schedule import EPOCH, close_windows, due
+from regraft.data.capture_archive import to_arrow
 from regraft.data.captures import CaptureStore
 from regraft.records import CapturedExchange, Message
 
@@ -33,6 +38,17 @@ def exchange(number: int, session: str | None = None, **changes: object) -> Capt
         **changes,
     }
     return CapturedExchange.model_validate(fields)
+
+
+def sampled_exchanges(given: Iterable[CapturedExchange], most: int, rows: int = 30, **more: Any) -> Sampled:
+    """The sample of exchanges that come as tables of so many rows."""
+    return sampled_tables(map(to_arrow, batched(given, rows)), most, **more)
+
+
+def batched(given: Iterable[CapturedExchange], rows: int) -> Iterator[list[CapturedExchange]]:
+    source = iter(given)
+    while some := list(islice(source, rows)):
+        yield some
 
 
 def mixed(count: int) -> list[CapturedExchange]:
@@ -118,16 +134,46 @@ def test_sessions_are_counted_while_they_fit_and_estimated_beyond() -> None:
     assert many.sessions == pytest.approx(2000, rel=0.2)  # four standard errors of 400
 
 
+@pytest.mark.parametrize(
+    "output",
+    [
+        "I'm sorry, but I can\u2019t do that.",
+        "\u00e9i can't help",
+        "As an A\u0130",
+        "i cannot help\u00e9",
+        "We are very afraid that it is\nnot allowed",
+        "As an artificial intelligence",
+        "AS AN AI, \u212anow",
+        "x" * 199 + "We must decline",
+        "x" * 150 + " We must decline",
+        "violates our policies",
+        "\x1c\u3000\x85",
+        "\u200b",
+        "\u597d",
+        "",
+    ],
+)
+def test_a_column_is_counted_as_single_texts_are(output: str) -> None:
+    given = [exchange(1, output=output), exchange(2)]
+    found = sampled_exchanges(given, 5)
+    expected = {name: sum(bad.values()) for name, (bad, _) in marks(given).items() if name in found.counts}
+    assert found.counts == expected
+
+
 def test_memory_does_not_grow_with_the_traffic() -> None:
     def peak(count: int) -> int:
-        def traffic() -> Iterator[CapturedExchange]:
-            for n in range(count):
-                yield exchange(n, f"s-{n}", output="x" * 2000)
+        before, most = pa.total_allocated_bytes(), 0
+
+        def traffic() -> Iterator[pa.Table]:
+            nonlocal most
+            for n in range(0, count, 50):
+                yield to_arrow([exchange(n + i, f"s-{n + i}", output="x" * 2000) for i in range(50)])
+                most = max(most, pa.total_allocated_bytes() - before)
 
         tracemalloc.start()
         try:
-            assert sampled_exchanges(traffic(), 20).total == count
-            return tracemalloc.get_traced_memory()[1]
+            assert sampled_tables(traffic(), 20).total == count
+            return tracemalloc.get_traced_memory()[1] + most
         finally:
             tracemalloc.stop()
 

@@ -6,6 +6,7 @@ JSON. A field that came later is read from older files with its default.
 
 from __future__ import annotations
 
+import gc
 import os
 import types
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -87,7 +88,16 @@ def from_arrow(table: pa.Table) -> list[CapturedExchange]:
         else:
             columns.append(table[name].to_pylist())
     rows = zip(*columns, strict=True)
-    return [CapturedExchange.model_validate(dict(zip(table.column_names, row, strict=True))) for row in rows]
+    # Nothing here becomes garbage in a circle, and looking for it again and again takes longer than the rest.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return [
+            CapturedExchange.model_validate(dict(zip(table.column_names, row, strict=True))) for row in rows
+        ]
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class Archive:

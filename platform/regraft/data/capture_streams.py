@@ -40,6 +40,10 @@ class Seen:
     def __init__(self) -> None:
         self._runs: list[NDArray[np.uint64]] = []
 
+    def __bool__(self) -> bool:
+        """Whether any id is known."""
+        return bool(self._runs)
+
     def fresh(self, ids: Sequence[str]) -> list[bool]:
         """Which of the ids are neither known nor given twice here (the first is fresh)."""
         import numpy as np

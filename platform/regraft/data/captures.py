@@ -27,6 +27,7 @@ from regraft.serve_sections import CaptureSection
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 E = TypeVar("E", CapturedExchange, Begun)
 #: Lines of the spool that are looked at together.
@@ -183,21 +184,48 @@ class CaptureStore:
             DataError: If a line of the spool is not an exchange.
             ServiceError: If the archive cannot be read.
         """
+        for part in self.parts(start=start, end=end, model=model, version=version):
+            # Few at a time: those that live long, Python's garbage collector goes through again and again.
+            for at in range(0, len(part), _FEW):
+                yield from from_arrow(part.slice(at, _FEW))
+
+    def parts(
+        self,
+        *,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        model: str | None = None,
+        version: int | None = None,
+    ) -> Iterator[pa.Table]:
+        """The exchanges that `stream` gives as tables of some thousand, for `from_arrow`.
+
+        To look through all and make records of few takes a twentieth of the time that records of all take.
+
+        Args:
+            start: Leave out exchanges begun before this.
+            end: Leave out exchanges begun at this time or later.
+            model: Only this registered name.
+            version: Only this version.
+
+        Raises:
+            DataError: If a line of the spool is not an exchange.
+            ServiceError: If the archive cannot be read.
+        """
+        import pyarrow as pa
+
         wanted = Wanted(start and aware(start), end and aware(end), model, version)
         seen, files = Seen(), set[str]()
         spooled = self._spooled(CapturedExchange, wanted, files)
         while some := list(islice(spooled, _SOME)):
             ids = [exchange.id for exchange in some]
-            yield from compress(some, seen.fresh(ids))
+            yield to_arrow(compress(some, seen.fresh(ids)))
             seen.add(ids)
         if self.archive is None:
             return
         # What was read in the spool, and shipped since, is left out whole.
         for part in Archive(self.archive).parts(wanted, list(CapturedExchange.model_fields), without=files):
-            fresh = seen.fresh(part["id"].to_pylist())
-            # Few at a time: those that live long, Python's garbage collector goes through again and again.
-            for at in range(0, len(part), _FEW):
-                yield from compress(from_arrow(part.slice(at, _FEW)), fresh[at:])
+            fresh = pa.array(seen.fresh(part["id"].to_pylist())) if seen else None
+            yield part if fresh is None else part.filter(fresh)
 
     def times(
         self,
