@@ -3,8 +3,13 @@
 Windows are held against one frozen reference again and again. A test that is exact for one window is not so
 for many: a reference that came out lucky makes every later window look a little worse, and an e-detector
 adds that up. So each p-value here also holds given the reference, against a bound of what the reference's
-true value may be: for 99 of 100 references (`CONFIDENCE`) all checks to come are valid, however many there
+true value may be: for 95 of 100 references (`CONFIDENCE`) all checks to come are valid, however many there
 are. The larger of that and of the test that is exact over both samples is given.
+
+The other five lie little beyond their bound. Simulated for rates of 1 to 30 %, references of 100 to 1,500 and
+windows of 100 at an average run length of 1,000: at most 0.8 % of streams alarmed in 30 checks, where 3 % may,
+and 3 % in 1,000 checks. A confidence of 0.99 halved that and found 20 % of answers cut off, where 3 % of 300
+were, in 78 of 100 first windows in place of 92; beyond 0.95 Fisher's test is what bounds it (94).
 
 Observations are taken to be independent: callers give one of each session.
 """
@@ -19,7 +24,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 #: That the reference's true value is no worse than the bound which windows are tested against.
-CONFIDENCE = 0.99
+CONFIDENCE = 0.95
 #: Of intervals that are shown.
 LEVEL = 0.95
 #: Smaller p-values are given as this: they say no more, and rounding could make them 0.

@@ -270,16 +270,18 @@ def test_without_a_change_p_values_are_no_smaller_than_uniform_ones(
         assert (found <= level).mean() <= level + 3 * np.sqrt(level * (1 - level) / count)
 
 
-def test_many_checks_against_one_lucky_reference_raise_no_false_alarm():
-    # None of 300 failed, where 1 % do: a reference that one time in twenty comes out so.
+def test_many_checks_against_one_lucky_reference_raise_no_more_false_alarms_than_may_be():
+    # None of 300 failed, where 1 % do: a reference that one time in twenty comes out so. Fisher's test alone
+    # alarms in 40 of these 50 streams.
     generator = np.random.default_rng(2)
-    alarms = 0
+    alarmed = 0
     for _ in range(50):
-        evidence = 0.0
+        evidence, most = 0.0, 0.0
         for bad in generator.binomial(200, 0.01, 100):
             evidence = e_value(exact.rate_p(int(bad), 200, 0, 300)) * (evidence + 1)
-            alarms += evidence >= 1000
-    assert alarms == 0
+            most = max(most, evidence)
+        alarmed += most >= 1000
+    assert alarmed <= 5, "5,000 checks at an average run length of 1,000"
 
 
 def test_a_reference_of_a_few_cannot_be_what_makes_a_p_value_small():

@@ -15,8 +15,8 @@ def run(evidence: Evidence, p_values: list[float], first: int = 0, arl: float = 
 
 def test_evidence_adds_up_as_defined():
     evidence = run(Evidence(), [0.5, 0.01])
-    first = 0.125 * 0.5**-0.75 + 0.25 * 0.5**-0.5
-    second = 0.125 * 0.01**-0.75 + 0.25 * 0.01**-0.5
+    first = (0.1 * 0.5**-0.9 + 0.25 * 0.5**-0.75 + 0.5 * 0.5**-0.5) / 3
+    second = (0.1 * 0.01**-0.9 + 0.25 * 0.01**-0.75 + 0.5 * 0.01**-0.5) / 3
     assert evidence.value == pytest.approx(second * (first + 1))
     assert evidence.checks == 2
 
@@ -24,7 +24,7 @@ def test_evidence_adds_up_as_defined():
 def test_an_e_value_is_one_on_average_where_nothing_changed():
     for size in (1000, 10_000):  # of permutation p-values, which are multiples of 1/size
         assert np.mean([e_value(k / size) for k in range(1, size + 1)]) < 1
-    assert np.mean([e_value(k / 10_000) for k in range(1, 10_001)]) > 0.9
+    assert np.mean([e_value(k / 10_000) for k in range(1, 10_001)]) > 0.8
 
 
 def test_strong_windows_raise_the_alarm_and_it_stays():
