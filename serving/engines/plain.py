@@ -85,7 +85,7 @@ def _random(width: int, dtype: torch.dtype, spread: float = 1.0) -> torch.Tensor
 
 def _norm(module: Any, plain: Any, x: torch.Tensor) -> Any:
     dtype, width = x.dtype, x.shape[-1]
-    if x.shape[1] != 1 or not x.is_contiguous() or module.weight.dtype is not dtype or dtype not in HALF:
+    if not x.is_contiguous() or module.weight.dtype is not dtype or dtype not in HALF:
         return plain(x)
     from serving.engines import kernels as loops
 
@@ -102,15 +102,21 @@ def _norm_trial(module: Any, dtype: torch.dtype) -> list[Any]:
 
 
 def _gated(module: Any, plain: Any, x: torch.Tensor) -> Any:
-    if x.shape[1] != 1 or x.dtype not in HALF:
+    if x.dtype not in HALF:
         return plain(x)
     from serving.engines import kernels as loops
 
     gate, up = module.gate_proj(x), module.up_proj(x)
     out = torch.empty(gate.shape, dtype=gate.dtype)
-    sizes = (len(x), gate.shape[2], gate.stride(0), up.stride(0))
+    rows, width = gate.shape[0] * gate.shape[1], gate.shape[2]
+    sizes = (rows, width, _step(gate), _step(up))
     loops.gated(HALF[x.dtype])(gate.data_ptr(), up.data_ptr(), out.data_ptr(), sizes)
     return module.down_proj(out)
+
+
+def _step(x: torch.Tensor) -> int:
+    """From one token to the next in what a layer made, of shape (rows, tokens, width), in numbers."""
+    return x.view(-1, x.shape[2]).stride(0)
 
 
 def _gated_trial(module: Any, dtype: torch.dtype) -> list[Any]:
@@ -128,25 +134,26 @@ def _attends(
     **more: Any,
 ) -> Any:
     x, turns = hidden_states, position_embeddings
-    if x.shape[1] != 1 or turns is None or past_key_values is None or x.dtype not in HALF:
+    if turns is None or past_key_values is None or x.dtype not in HALF or len(turns[0]) not in (1, len(x)):
         return plain(
             hidden_states=x, position_embeddings=turns, attention_mask=attention_mask,
             past_key_values=past_key_values, **more,
         )  # fmt: skip
     from serving.engines import kernels as loops
 
-    turn, rows, width = loops.turned(HALF[x.dtype]), len(x), module.head_dim
-    cosines, sines = turns
-    by_row = [0 if len(t) == 1 else t.stride(0) for t in turns]
+    turn, width = loops.turned(HALF[x.dtype]), module.head_dim
+    rows, tokens, _ = x.shape
+    cosines, sines = (t.expand(rows, tokens, -1).contiguous() if tokens > 1 else t for t in turns)
+    by_row = [0 if tokens == len(t) == 1 else t.stride(-2) for t in (cosines, sines)]
     # What a layer makes is nobody else's: it is turned where it stands.
     q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
     for some in (q, k):
-        sizes = (rows, some.shape[2] // width, width, some.stride(0), *by_row)
+        sizes = (rows * tokens, some.shape[2] // width, width, _step(some), *by_row)
         turn(some.data_ptr(), cosines.data_ptr(), sines.data_ptr(), sizes)
-    q, k, v = (some.view(rows, 1, -1, width).transpose(1, 2) for some in (q, k, v))
+    q, k, v = (some.view(rows, tokens, -1, width).transpose(1, 2) for some in (q, k, v))
     keys, values = past_key_values.update(k, v, module.layer_idx)
     out, _ = attention(module, q, keys, values, attention_mask, scaling=module.scaling, **more)
-    return module.o_proj(out.reshape(rows, 1, -1)), None
+    return module.o_proj(out.reshape(rows, tokens, -1)), None
 
 
 def _attends_trial(module: Any, dtype: torch.dtype) -> list[Any]:
