@@ -18,7 +18,7 @@ from typing import NamedTuple
 from jobs.console import Say, console, say, show_drift
 from jobs.decisions import carry_out, facts_of, reconcile
 from jobs.references import freeze_traffic
-from jobs.scene import Scene
+from jobs.scene import FAULTS, Scene
 from jobs.telling import Teller
 from jobs.workspace import Connection, Workspace
 from monitoring.check import Checked
@@ -30,9 +30,6 @@ from regraft.cluster.locks import cluster_lock
 from regraft.config import Experiment
 from regraft.records import CapturedExchange, DriftReport, RetrainDecision
 from regraft.tracking.ledger import Ledger
-
-#: Alarms of faults; with one of them open, no traffic is taken for ordinary.
-_FAULTS = ("behaviour", "quality")
 
 
 class Watched(NamedTuple):
@@ -119,7 +116,7 @@ def _with_traffic(scene: Scene) -> Scene:
     if reference.source == "traffic" or scene.experiment.monitor.reference_rows == 0:
         return scene
     last = scene.latest()
-    if last is not None and last.kind in _FAULTS:
+    if last is not None and last.kind in FAULTS:  # no traffic is taken for ordinary
         return scene
     frozen = freeze_traffic(
         scene.experiment, scene.champion, reference, scene.first, scene.feedback,

@@ -79,6 +79,7 @@ def facts_of(
     return Facts(
         alarm_id=alarm,
         fresh_examples=fresh_examples(experiment, ledger),
+        tried_examples=len(ledger.tried(name, champion.version)) if decided else 0,
         last_retrain=max((utc(d.created) for d in decided), default=None),
         gpu_hours=sum(o.gpu_hours for o in month),
         cpu_hours=sum(o.cpu_hours for o in month),

@@ -23,6 +23,11 @@ from regraft.records import CapturedExchange, DriftReport, Evidence, Feedback, M
 from regraft.times import utc
 from regraft.tracking.ledger import Ledger
 
+#: Kinds of alarms that a fault of model or service raises.
+FAULTS = ("behaviour", "quality")
+#: One interval for all time: of it the first session is kept, and no other.
+_EVER = timedelta(days=365_000)
+
 
 class Scene(NamedTuple):
     """The champion of an experiment, and what its traffic is held against, at one moment."""
@@ -77,7 +82,10 @@ class Scene(NamedTuple):
     def first(self, enough: Callable[[Sequence[CapturedExchange]], bool]) -> list[CapturedExchange]:
         """The champion's first exchanges, oldest first, until there are enough of them or no more."""
         store = captured(self.experiment, self.connection)
-        at = min((time for time, _ in self.times(None)), default=self.now)
+        begun = store.times(
+            every=_EVER, most=1, end=self.now, model=self.champion.name, version=self.champion.version
+        )
+        at = min((time for time, _ in begun), default=self.now)
         found: list[CapturedExchange] = []
         stretch = timedelta(minutes=1)
         while at < self.now and not enough(found):
@@ -93,20 +101,32 @@ class Scene(NamedTuple):
         return self.ledger.latest(self.champion.name, self.champion.version, self.reference.id)
 
     def carried(self, report: DriftReport) -> DriftReport:
-        """A report without the evidence of alarms that were dealt with.
+        """A report without the evidence of alarms that were dealt with, or are over.
 
-        That has to be gathered anew: what a retraining or a rollback did not mend raises another alarm.
+        That has to be gathered anew: what a retraining or a rollback did not mend raises another alarm. A
+        fault's is over once a window that could tell shows none of it, any other once all checks together
+        tell nothing of it any more; neither explains what comes later.
         """
         raised = {e.alarmed_by for e in report.evidence.values() if e.alarmed_by}
-        dealt = {
+        decisions = [d for d in self.ledger.decisions(report.model) if d.alarm_id in raised] if raised else []
+        gone = {
             decision.alarm_id
-            for decision in (self.ledger.decisions(report.model) if raised else ())
-            if decision.alarm_id in raised
-            and decision.action in {"retrain", "roll_back"}
-            and self.ledger.outcome(decision.id) is not None
+            for decision in decisions
+            if decision.action in {"retrain", "roll_back"} and self.ledger.outcome(decision.id) is not None
         }
-        evidence = {n: Evidence() if e.alarmed_by in dealt else e for n, e in report.evidence.items()}
-        return report.model_copy(update={"evidence": evidence})
+        over: set[str] = set()
+        if report.p_value is not None:
+            alarming = {report.evidence[name].alarmed_by for name in report.alarms}
+            last = {d.alarm_id: d.kind for d in reversed(decisions) if d.kind is not None}
+            over = {alarm for alarm in raised - alarming if last.get(alarm) in FAULTS}
+
+        def left(evidence: Evidence) -> Evidence:
+            if evidence.alarmed_by is not None:
+                return Evidence() if evidence.alarmed_by in gone | over or not evidence.growth else evidence
+            # What did not alarm may have been moved by the fault too.
+            return Evidence() if over and "" < evidence.since < report.window_start else evidence
+
+        return report.model_copy(update={"evidence": {n: left(e) for n, e in report.evidence.items()}})
 
     def check(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 
@@ -20,6 +21,7 @@ class Facts(Record):
     Attributes:
         alarm_id: The report that raised the alarm; the report's own id without one.
         fresh_examples: Reviewed examples that no training has seen yet.
+        tried_examples: Fresh examples that retrainings of this champion trained on and were rejected with.
         last_retrain: When the last retraining of this model was decided. Without a zone it is UTC.
         gpu_hours, cpu_hours: What retrainings of the last 30 days took.
         affordable: When, without another one, the monthly budget has room again; None if nobody knows.
@@ -32,6 +34,7 @@ class Facts(Record):
 
     alarm_id: str
     fresh_examples: int = 0
+    tried_examples: int = 0
     last_retrain: datetime | None = None
     gpu_hours: float = 0.0
     cpu_hours: float = 0.0
@@ -56,9 +59,11 @@ def unmet(settings: RetrainSection, facts: Facts, now: datetime) -> tuple[tuple[
     starts: list[datetime] = []
     if facts.under_way is not None:
         waiting.append(f"another retraining is under way as {facts.under_way}")
-    if facts.fresh_examples < settings.min_fresh:
+    again = math.ceil(settings.again_fresh * facts.tried_examples)
+    if facts.fresh_examples < max(settings.min_fresh, again):
+        why = f" after one with {facts.tried_examples} was rejected" if again > settings.min_fresh else ""
         waiting.append(
-            f"{facts.fresh_examples} reviewed fresh examples, {settings.min_fresh} needed: "
+            f"{facts.fresh_examples} reviewed fresh examples, {max(settings.min_fresh, again)} needed{why}: "
             "review answers of this window to get more"
         )
     if facts.suspected_since_alarm < settings.confirmations:

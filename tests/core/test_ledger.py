@@ -246,6 +246,21 @@ def test_examples_count_as_seen_once_a_retraining_with_them_came_to_a_verdict(le
     assert ledger.seen("bot") == {"x", "y"}
 
 
+def test_rejected_examples_of_a_version_are_those_that_no_other_version_was_trained_on(
+    ledger: Ledger,
+) -> None:
+    for name, version, status, hashes in (
+        ("d1", 1, "rejected", ["a", "b"]), ("d2", 1, "promoted", ["a", "b", "c"]),
+        ("d3", 2, "rejected", ["a", "b", "c", "d", "e"]), ("d4", 2, "failed", ["z"]),
+    ):  # fmt: skip
+        ledger.note(decision(name).model_copy(update={"model_version": version}))
+        ledger.note_seen(name, hashes)
+        ledger.note_outcome(outcome(name, status))
+    assert ledger.tried("bot", 2) == {"d", "e"}
+    assert ledger.tried("bot", 3) == frozenset()
+    assert ledger.seen("bot") == set("abcde")
+
+
 def test_the_tracker_writes_into_the_same_ledger(ledger: Ledger) -> None:
     tracker = Tracker(ledger.uri, ledger.experiment)
     assert (Ledger(tracker).uri, Ledger(tracker).experiment) == (ledger.uri, ledger.experiment)

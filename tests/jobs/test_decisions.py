@@ -448,6 +448,7 @@ def test_facts_come_from_the_ledger_the_registry_and_the_files(case: Case) -> No
     case.change(gpu_hours_a_month=5)
     found = facts()
     assert (found.gpu_hours, found.cpu_hours, found.fresh_examples) == (5, 5, 1)
+    assert found.tried_examples == 3
     assert found.last_retrain == NOW - timedelta(days=10)
     assert found.affordable == NOW + timedelta(days=10)
     assert found.settled == "rejected: so it was"

@@ -237,3 +237,30 @@ def test_the_first_accepted_traffic_becomes_the_reference(house) -> None:
     here.day(4, KNOWN)
     here.watch(5.5)
     assert reference_of(here.champion, here.connection) == frozen, "frozen once"
+
+
+def test_a_fault_that_is_over_explains_nothing_that_comes_later(house) -> None:
+    here = house()
+    here.day(0, KNOWN)
+    here.day(1, KNOWN, answer="I'm sorry, I cannot help with that.")
+    here.day(2, KNOWN)
+    for day in (3, 4):
+        here.day(day, NEW)
+    _, fault, ordinary, first, storm = (w.report for w in here.watch(5.5))
+    assert fault.kind in {"behaviour", "quality"}
+    assert (ordinary.status, ordinary.alarms) == ("stable", ())
+    assert ordinary.evidence["drift"].since == fault.window_start, "the fault moved what did not alarm too"
+    assert not any(e.alarmed_by for e in first.evidence.values()), "and all of that went with the fault"
+    assert storm.status == "drift"
+    assert storm.kind == "new_content"
+    assert storm.attribution is not None
+    assert storm.attribution.since == first.window_start
+    assert {e.alarmed_by for e in storm.evidence.values() if e.alarmed_by} == {storm.id}
+
+
+def test_a_fault_that_goes_on_keeps_its_alarm(house) -> None:
+    here = house()
+    for day in range(4):
+        here.day(day, KNOWN, answer=None if day == 0 else "I'm sorry, I cannot help with that.")
+    _, first, *later = (w.report for w in here.watch(4.5))
+    assert [r.evidence["refusal_rate"].alarmed_by for r in later] == [first.id, first.id]

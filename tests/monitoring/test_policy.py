@@ -149,6 +149,17 @@ def test_another_mix_of_prompts_is_watched_until_a_topic_is_answered_worse() -> 
         ({}, {"fresh_examples": 19}, "collect", "19 reviewed fresh examples, 20 needed"),
         ({}, {"fresh_examples": 20}, "retrain", "20 reviewed"),
         (
+            {},
+            {"fresh_examples": 39, "tried_examples": 40},
+            "collect",
+            "39 reviewed fresh examples, 40 needed after one with 40 was rejected",
+        ),
+        ({}, {"fresh_examples": 40, "tried_examples": 40}, "retrain", ""),
+        ({"again_fresh": 0.5}, {"fresh_examples": 20, "tried_examples": 40}, "retrain", ""),
+        ({"again_fresh": 0}, {"fresh_examples": 20, "tried_examples": 900}, "retrain", ""),
+        ({}, {"last_retrain": NOW - timedelta(hours=23)}, "collect", "too recent"),
+        ({}, {"last_retrain": NOW - timedelta(hours=24)}, "retrain", ""),
+        (
             {"cooldown_seconds": 3600},
             {"last_retrain": NOW - timedelta(seconds=3599)},
             "collect",

@@ -205,13 +205,29 @@ class Ledger(TrackedExperiment):
     @guarded
     def seen(self, model: str) -> frozenset[str]:
         """Hashes of the fresh examples that retrainings of a model trained on and came to a verdict with."""
-        found: set[str] = set()
+        return frozenset().union(*(hashes for _, _, hashes in self._judged(model)))
+
+    @guarded
+    def tried(self, model: str, version: int) -> frozenset[str]:
+        """Hashes of the fresh examples with which retrainings of a version were rejected.
+
+        What a retraining of another version trained on is not among them.
+        """
+        judged = self._judged(model)
+        own = [h for d, o, h in judged if d.model_version == version and o.status == "rejected"]
+        others = [h for d, _, h in judged if d.model_version != version]
+        return frozenset().union(*own).difference(*others)
+
+    def _judged(self, model: str) -> list[tuple[RetrainDecision, DecisionOutcome, frozenset[str]]]:
+        """Retrainings with a verdict, and the hashes of the fresh examples that each trained on."""
+        found = []
         for run in self._all({"model": model, "action": "retrain"}):
             outcome = _outcome(run)
             judged = outcome is not None and outcome.status in {"promoted", "rejected"}
-            if judged and self._has(run, SEEN_FILE):
-                found |= set(self._read_json(run.info.run_id, SEEN_FILE)["hashes"])
-        return frozenset(found)
+            if outcome is not None and judged and self._has(run, SEEN_FILE):
+                hashes = frozenset(self._read_json(run.info.run_id, SEEN_FILE)["hashes"])
+                found.append((_decision(run), outcome, hashes))
+        return found
 
     def _has(self, run: Run, name: str) -> bool:
         return name in {f.path for f in self._client.list_artifacts(run.info.run_id)}
