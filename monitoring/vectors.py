@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.embeddings import embedder
+from regraft.embeddings import Precision, embedder, quickest
 from regraft.errors import DataError
 
 Vectors = NDArray[np.float32]
@@ -30,7 +30,8 @@ _lock = threading.Lock()
 def vectors(texts: Sequence[str], model: str, folder: Path | None = None) -> Vectors:
     """Embed texts, in their order, each distinct text once.
 
-    A vector depends on the texts embedded in the same call only by rounding (below 1e-5).
+    They are computed in what is quickest on this machine (`regraft.embeddings.quickest`), and kept apart by
+    it. A vector depends on the texts embedded in the same call only by rounding (`Embedder`).
 
     Args:
         texts: Any texts.
@@ -44,7 +45,8 @@ def vectors(texts: Sequence[str], model: str, folder: Path | None = None) -> Vec
         DataError: If a file of the folder cannot be read.
         ModelError: If the model cannot be had.
     """
-    keys = [_key(text, model) for text in texts]
+    precision = quickest()
+    keys = [_key(text, model, precision) for text in texts]
     with _lock:
         found = {key: _kept[key] for key in keys if key in _kept}
         if folder is not None and len(found) < len(set(keys)):
@@ -52,7 +54,7 @@ def vectors(texts: Sequence[str], model: str, folder: Path | None = None) -> Vec
             found = {key: _kept[key] for key in keys if key in _kept}
     new = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
     if new or not keys:
-        made = embedder(model).encode(list(new.values()))
+        made = embedder(model, precision=precision).encode(list(new.values()))
         if not keys:
             return made
         found |= dict(zip(new, made, strict=True))
@@ -63,8 +65,9 @@ def vectors(texts: Sequence[str], model: str, folder: Path | None = None) -> Vec
     return np.stack([found[key] for key in keys])
 
 
-def _key(text: str, model: str) -> str:
-    return hashlib.sha256(f"{model}\0{text}".encode()).hexdigest()
+def _key(text: str, model: str, precision: Precision) -> str:
+    how = "" if precision == "float32" else f"{precision}\0"
+    return hashlib.sha256(f"{how}{model}\0{text}".encode()).hexdigest()
 
 
 def _keep(made: dict[str, Vectors]) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from regraft.encoders import load_encoder
 from regraft.errors import ModelError
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 PREFIX = "bundled:"
 DEFAULT = "bundled:all-minilm-l6-v2"
-#: Rows of one forward pass; texts of like length share one.
-BATCH = 32
+#: Tokens of one forward pass, padding included; texts of like length share one. Of 256 to 4096 the quickest
+#: on a core with 2 MB of cache, for texts of 10 tokens and of 140: more do not stay in the cache.
+BATCH_TOKENS = 1024
+#: What a model computes in.
+Precision = Literal["float32", "bfloat16"]
 
 _loading = threading.Lock()
 
@@ -55,17 +58,21 @@ _LAYERS = frozenset({"Transformer", "Pooling", "Normalize"})
 class Embedder:
     """A model that embeds texts: the mean of its last layer over a text's tokens, brought to unit length.
 
-    It works on the CPU and in float32, so that a text has the same vector everywhere. Get one from
-    `embedder`, which loads each model once a process. Threads may share it.
+    It works on the CPU, and in float32 a text has the same vector everywhere. In bfloat16 its components
+    differ by up to 2e-3 with the texts that share its batch, and the cosine of its vector with the one in
+    float32 is 0.9999 (all-MiniLM-L6-v2, requests and answers of customer support). Get one from `embedder`,
+    which loads each model once a process. Threads may share it.
 
     Args:
         folder: A model of the sentence-transformers kind, or any encoder, as safetensors with its tokenizer.
+        precision: What it computes in; vectors are of float32 either way.
 
     Raises:
         ModelError: If the folder holds no such model, or one that pools otherwise than by the mean.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, precision: Precision = "float32") -> None:
+        import torch
         from transformers import AutoModel
 
         _require_mean_pooling(folder)
@@ -80,6 +87,7 @@ class Embedder:
         if missing := [k for k in loaded.missing if not k.startswith("pooler.")]:
             raise ModelError(f"embedding model {folder} has no weights {missing[:3]}", "save the whole model")
         self._tokenizer, self._model, _, self._tokenizing = loaded
+        self._model = self._model.to(getattr(torch, precision))
         self.dimensions = int(self._model.config.hidden_size)
         self.max_tokens = _max_tokens(folder, self._tokenizer, self._model.config)
 
@@ -101,10 +109,8 @@ class Embedder:
         with self._tokenizing:
             rows = self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens, padding=False)
         ids: list[list[int]] = rows["input_ids"]
-        order = sorted((i for i in range(len(ids)) if ids[i]), key=lambda i: len(ids[i]))
         with torch.inference_mode():
-            for start in range(0, len(order), BATCH):
-                batch = order[start : start + BATCH]
+            for batch in _batches([len(row) for row in ids]):
                 found[batch] = self._embed([ids[i] for i in batch]).numpy()
         return found
 
@@ -115,29 +121,55 @@ class Embedder:
         width = max(map(len, rows))
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
-        seen = mask.unsqueeze(-1).to(hidden.dtype)
+        hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        seen = mask.unsqueeze(-1).float()
         pooled: torch.Tensor = (hidden * seen).sum(1) / seen.sum(1)
         return torch.nn.functional.normalize(pooled, dim=1)
 
 
-def embedder(source: str = DEFAULT, say: Callable[[str], None] = lambda _: None) -> Embedder:
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """The places of texts that share a forward pass, shortest first; those of no token share none."""
+    batch: list[int] = []
+    for i in sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * lengths[i] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@cache
+def quickest() -> Precision:
+    """What this machine computes embeddings in quickest, as far as that was measured.
+
+    Where the processor multiplies matrices of bfloat16 (Intel's AMX) that takes 0.4 of the time of float32.
+    """
+    import torch
+
+    return "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
+
+
+def embedder(
+    source: str = DEFAULT, say: Callable[[str], None] = lambda _: None, precision: Precision = "float32"
+) -> Embedder:
     """The embedder of a model, loaded once a process and fetched once a machine.
 
     Args:
         source: `bundled:<name>`, or a local folder.
         say: Called with a line for each slow step.
+        precision: What it computes in.
 
     Raises:
         ModelError: If the model cannot be found, fetched or loaded.
     """
     with _loading:
-        return _loaded(_folder(source, say))
+        return _loaded(_folder(source, say), precision)
 
 
 @cache
-def _loaded(folder: Path) -> Embedder:
-    return Embedder(folder)
+def _loaded(folder: Path, precision: Precision) -> Embedder:
+    return Embedder(folder, precision)
 
 
 def known(source: str) -> bool:

@@ -36,14 +36,26 @@ def test_vectors_are_those_of_sentence_transformers() -> None:
 
 
 def test_neither_order_nor_company_nor_padding_changes_a_vector() -> None:
-    texts = [f"{BILL} " * (n % 4) + f"This is number {n}." for n in range(embeddings.BATCH + 3)]
+    texts = [f"{BILL} " * (n % 4) + f"This is number {n}." for n in range(40)]
     texts += ["", "word " * 300]
+    assert sum(map(len, texts)) > 4 * embeddings.BATCH_TOKENS
     together = embedder().encode(texts)
     assert np.linalg.norm(together, axis=1) == pytest.approx(np.ones(len(texts)), abs=1e-5)
     assert embedder().encode(texts[::-1])[::-1] == pytest.approx(together, abs=1e-5)
     for at in (0, 3, 33, len(texts) - 2, len(texts) - 1):
         assert embedder().encode([texts[at]])[0] == pytest.approx(together[at], abs=1e-5)
     assert embedder().encode([]).shape == (0, 384)
+
+
+def test_bfloat16_gives_nearly_the_same_vectors_and_is_a_model_of_its_own() -> None:
+    texts = [BILL, "You have to pay by the 5th every month.", "The weather is lovely.", "", "word " * 300]
+    exact, quick = (embedder(precision=precision).encode(texts) for precision in ("float32", "bfloat16"))
+    assert quick.dtype == np.float32
+    assert np.linalg.norm(quick, axis=1) == pytest.approx(np.ones(len(texts)), abs=1e-5)
+    assert (quick * exact).sum(axis=1).min() > 0.999
+    assert np.abs(quick - exact).max() > 1e-5
+    assert embedder(precision="bfloat16") is not embedder()
+    assert embedder().encode(texts) == pytest.approx(exact, abs=1e-6)
 
 
 def test_beyond_its_most_tokens_a_text_is_not_read() -> None:

@@ -28,7 +28,7 @@ class Counting:
 @pytest.fixture
 def counting(monkeypatch) -> Counting:
     made = Counting()
-    monkeypatch.setattr(module, "embedder", lambda model: made)
+    monkeypatch.setattr(module, "embedder", lambda model, precision: made)
     monkeypatch.setattr(module, "_kept", {})
     monkeypatch.setattr(module, "_read", set())
     return made
@@ -65,6 +65,15 @@ def test_vectors_of_the_folder_are_not_made_again(counting, monkeypatch, tmp_pat
     counting.asked.clear()
     np.testing.assert_array_equal(vectors(["b", "a"], "m", tmp_path), made[::-1])
     assert counting.asked == []
+
+
+def test_vectors_of_another_precision_are_made_anew(counting, monkeypatch, tmp_path):
+    for number, precision in enumerate(("float32", "bfloat16", "float32", "bfloat16")):
+        monkeypatch.setattr(module, "quickest", lambda precision=precision: precision)
+        monkeypatch.setattr(module, "_kept", {})
+        monkeypatch.setattr(module, "_read", set())
+        vectors(["a"], "m", tmp_path)
+        assert counting.asked == ["a"] * min(number + 1, 2)
 
 
 def test_a_broken_file_is_named(counting, tmp_path):
