@@ -17,7 +17,7 @@ from jobs.rollback import roll_back
 from jobs.workspace import Connection
 from monitoring.policy import Facts
 from monitoring.segments import worse_segments
-from monitoring.waiting import MONTH
+from monitoring.waiting import MONTH, fresh_needed
 from monitoring.windows import Row
 from regraft.config import Experiment, RetrainSection
 from regraft.data.chats import read_chats
@@ -195,7 +195,10 @@ def carry_out(
         return None
     if decision.action == "roll_back":
         return _go_back(experiment, decision, connection, ledger, say)
-    detail = put_before_reviewer(experiment, decision, connection.workspace, drifted)
+    needed = fresh_needed(experiment.retrain, len(ledger.tried(decision.model, decision.model_version)))
+    # Twice: a reviewer drops some of what is collected, and a bound below what is needed would never end.
+    most = max(experiment.retrain.collect, 2 * needed)
+    detail = put_before_reviewer(experiment, decision, connection.workspace, drifted, most)
     say(detail)
     return ledger.note_outcome(
         DecisionOutcome(decision_id=decision.id, status="collected", detail=detail, ended=present())

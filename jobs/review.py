@@ -39,8 +39,9 @@ def put_before_reviewer(
     decision: RetrainDecision,
     workspace: Path,
     drifted: Sequence[CapturedExchange],
+    most: int,
 ) -> str:
-    """Write exchanges as chats with the answer as a draft; `retrain.collect` of an alarm at most.
+    """Write exchanges as chats with the answer as a draft.
 
     What was written before is never touched, a person may have edited it: later checks of the same alarm add
     files (`ALARM-2.jsonl`) with exchanges that were in none. An empty answer stays empty, so that the file
@@ -51,6 +52,7 @@ def put_before_reviewer(
         decision: To collect.
         workspace: Where `review/MODEL/` lies.
         drifted: Those that drifted most first. What failed, and what is no chat, is left out.
+        most: So many of an alarm, over all its checks.
 
     Returns:
         What was done, in words.
@@ -62,7 +64,7 @@ def put_before_reviewer(
     files = [folder / f"{alarm}.jsonl", *sorted(folder.glob(f"{alarm}-*.jsonl"))]
     before = set(json.loads(listed.read_text())) if listed.exists() else set()
     before |= {name for file in files if file.exists() for name in _ids(file)}
-    room = max(0, experiment.retrain.collect - len(before))
+    room = max(0, most - len(before))
     chosen = [e for e in drifted if e.id not in before and not failed(e) and _is_chat(e)][:room]
     if not chosen:
         return f"nothing new to review: {len(before)} exchanges of alarm {alarm} are in {folder}"

@@ -25,6 +25,8 @@ from regraft.tracking.ledger import Ledger
 
 #: Kinds of alarms that a fault of model or service raises.
 FAULTS = ("behaviour", "quality")
+#: Kinds that are over with the first window that shows none of it: nobody works at them for later.
+_PASSING = (*FAULTS, "prompt_mix")
 #: One interval for all time: of it the first session is kept, and no other.
 _EVER = timedelta(days=365_000)
 
@@ -103,9 +105,9 @@ class Scene(NamedTuple):
     def carried(self, report: DriftReport) -> DriftReport:
         """A report without the evidence of alarms that were dealt with, or are over.
 
-        That has to be gathered anew: what a retraining or a rollback did not mend raises another alarm. A
-        fault's is over once a window that could tell shows none of it, any other once all checks together
-        tell nothing of it any more; neither explains what comes later.
+        That has to be gathered anew: what a retraining or a rollback did not mend raises another alarm. What
+        no retraining mends is over once a window that could tell shows none of it, any other once all checks
+        together tell nothing of it any more; neither explains what comes later.
         """
         raised = {e.alarmed_by for e in report.evidence.values() if e.alarmed_by}
         decisions = [d for d in self.ledger.decisions(report.model) if d.alarm_id in raised] if raised else []
@@ -118,12 +120,12 @@ class Scene(NamedTuple):
         if report.p_value is not None:
             alarming = {report.evidence[name].alarmed_by for name in report.alarms}
             last = {d.alarm_id: d.kind for d in reversed(decisions) if d.kind is not None}
-            over = {alarm for alarm in raised - alarming if last.get(alarm) in FAULTS}
+            over = {alarm for alarm in raised - alarming if last.get(alarm) in _PASSING}
 
         def left(evidence: Evidence) -> Evidence:
             if evidence.alarmed_by is not None:
                 return Evidence() if evidence.alarmed_by in gone | over or not evidence.growth else evidence
-            # What did not alarm may have been moved by the fault too.
+            # What did not alarm may have been moved by the same.
             return Evidence() if over and "" < evidence.since < report.window_start else evidence
 
         return report.model_copy(update={"evidence": {n: left(e) for n, e in report.evidence.items()}})

@@ -59,11 +59,11 @@ def unmet(settings: RetrainSection, facts: Facts, now: datetime) -> tuple[tuple[
     starts: list[datetime] = []
     if facts.under_way is not None:
         waiting.append(f"another retraining is under way as {facts.under_way}")
-    again = math.ceil(settings.again_fresh * facts.tried_examples)
-    if facts.fresh_examples < max(settings.min_fresh, again):
-        why = f" after one with {facts.tried_examples} was rejected" if again > settings.min_fresh else ""
+    needed = fresh_needed(settings, facts.tried_examples)
+    if facts.fresh_examples < needed:
+        why = f" after one with {facts.tried_examples} was rejected" if needed > settings.min_fresh else ""
         waiting.append(
-            f"{facts.fresh_examples} reviewed fresh examples, {max(settings.min_fresh, again)} needed{why}: "
+            f"{facts.fresh_examples} reviewed fresh examples, {needed} needed{why}: "
             "review answers of this window to get more"
         )
     if facts.suspected_since_alarm < settings.confirmations:
@@ -91,6 +91,11 @@ def unmet(settings: RetrainSection, facts: Facts, now: datetime) -> tuple[tuple[
     begin = max([now, *starts])
     start = blackout_end(settings.blackout, begin)
     return tuple(waiting), start if starts or start != now else None
+
+
+def fresh_needed(settings: RetrainSection, tried: int) -> int:
+    """New examples that a retraining needs, where those before were rejected with so many."""
+    return max(settings.min_fresh, math.ceil(settings.again_fresh * tried))
 
 
 def blackout_end(blackout: Iterable[str], moment: datetime) -> datetime | None:

@@ -137,14 +137,17 @@ class RetrainSection(Section):
         20, ge=1, description="Fewer reviewed fresh examples than this: collect, do not retrain."
     )
     again_fresh: float = Field(
-        1.0,
+        0.5,
         ge=0,
-        description="New examples that a retraining needs after rejected ones of the same champion, for each "
-        "fresh one that those trained on. Quality grows with the logarithm of the examples: doubled, they may "
-        "come to another verdict, and a few more hardly do. 0: `min_fresh` alone.",
+        description="New examples that a retraining needs after rejected ones of the same champion, for "
+        "each fresh one that those trained on. Quality grows about with the logarithm of the examples: half "
+        "as many again may come to another verdict, and a few more hardly do. 0: `min_fresh` alone.",
     )
     collect: int = Field(
-        50, ge=1, description="Most drifted exchanges that are put before a reviewer when collecting."
+        50,
+        ge=1,
+        description="Most drifted exchanges of an alarm that are put before a reviewer; twice what a "
+        "retraining needs, where that is more.",
     )
     confirmations: int = Field(
         0, ge=0, description="Further windows that have to look changed after an alarm before money is spent."
@@ -152,8 +155,8 @@ class RetrainSection(Section):
     cooldown_seconds: float = Field(
         86400,
         ge=0,
-        description="No second retraining this soon after one. A day: all hours of it are in the traffic that "
-        "shows what the last one came to, and hourly checks cannot spend a month's budget in a night.",
+        description="No second retraining this soon after one. A day: all hours of it are in the traffic "
+        "that shows what the last one came to, and hourly checks cannot spend a month's budget in a night.",
     )
     gpu_hours_a_month: float | None = Field(
         None, ge=0, description="Retrainings of the last 30 days may take this much; null: no bound."

@@ -367,6 +367,8 @@ def test_a_rollback_that_is_only_proposed_moves_nothing(case: Case) -> None:
 
 
 def test_what_is_collected_waits_for_a_person_and_is_never_overwritten(case: Case) -> None:
+    case.change(min_fresh=1)
+
     def collect(name: str, *drifted: CapturedExchange) -> DecisionOutcome:
         decision = case.ledger.note(case.decided(report(name), fresh_examples=0))
         assert decision.action == "collect"
@@ -395,6 +397,10 @@ def test_what_is_collected_waits_for_a_person_and_is_never_overwritten(case: Cas
     assert "nothing new" in collect("r3", exchange(5)).detail
     assert reviewed(case.experiment) == read_chats(file)
     assert sorted(p.name for p in folder.glob("*.jsonl")) == ["a1-2.jsonl", "a1.jsonl"]
+    # Where a retraining needs more than that, there is room for it, and for what is dropped.
+    case.change(min_fresh=2)
+    collect("r4", *(exchange(i) for i in range(10, 15)))
+    assert [e.id for e in read_chats(folder / "a1-3.jsonl")] == ["e10"]
 
 
 def test_an_empty_answer_cannot_be_trained_on_before_somebody_writes_one(case: Case) -> None:
