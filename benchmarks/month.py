@@ -6,13 +6,14 @@ The clock is accelerated, the components are real (`month_house.py`): SmolLM2-13
 day's questions (`month_traffic.py`); the monitor closes the day, decides and acts; a retraining is a Ray job
 that is followed to its end before the next day, and the champion of the registry answers from then on.
 
-Ordinary days; a storm of a new topic, which stays; a slow change of the shares of known topics; a day on
-which serving spoils answers; days of slang; and an attack of junk prompts. `--quick` is ten days: reference,
-ordinary, storm, fault.
+Ordinary days; known topics in other shares; an attack of junk prompts, of which the reviewer lets most
+through, so that a retraining learns junk; a storm of a new topic, which stays; days of slang; and a day on
+which serving spoils answers. `--quick` is sixteen days with one of each but the slang.
 
 An alarm is false if every day that its evidence grew over was ordinary. Delays are in days from the first of
-the scene to the alarm, the same day being 1. `junk_promotions` counts promotions decided on days of the
-attack. Quality is ROUGE-L on every registered evaluation set, of the first champion and of the last.
+the scene to the alarm, the same day being 1. `classified` counts what each
+scene's alarms were taken for, beside what was expected. `junk_promotions` counts promotions of what was
+trained with junk. Quality is ROUGE-L on every registered evaluation set, of the first champion and of the last.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from month_house import BEGIN, DAY, SESSIONS, House, Lived, house
-from month_traffic import month, read, ten_days
+from month_traffic import EXPECTED, month, quick, read
 
 from jobs.check_drift import Watched
 from jobs.console import say
@@ -47,8 +48,8 @@ from regraft.selection.resampling import paired_comparison
 
 CALM = ("reference", "ordinary")
 COLUMNS = (
-    "day", "scene", "version", "rougeL", "status", "p", "effect", "evidence", "kind", "decision", "why",
-    "outcome",
+    "day", "scene", "version", "rougeL", "status", "p", "effect", "evidence", "expected", "found",
+    "decision", "why", "outcome",
 )  # fmt: skip
 #: Evidence below this is not worth a place in the ledger.
 SHOWN = 5
@@ -58,14 +59,14 @@ def main() -> None:
     """Live the days, print the ledger and the figures."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
-    words.add_argument("--quick", action="store_true", help="ten days: about ten minutes on two cores")
+    words.add_argument("--quick", action="store_true", help="sixteen days: about ten minutes on two cores")
     words.add_argument("--days", type=int, help="no more than so many of them")
     words.add_argument("--sessions", type=int, default=SESSIONS, help="questions a day")
     words.add_argument("--work", type=Path, help="folder for all that is kept; a temporary one if not given")
     words.add_argument("--out", type=Path, help="file for the ledger, as Markdown")
     given = words.parse_args()
     began = time.monotonic()
-    days = (ten_days() if given.quick else month())[: given.days]
+    days = (quick() if given.quick else month())[: given.days]
     folder = given.work or Path(tempfile.mkdtemp(prefix="regraft-month-"))
     say(f"{len(days)} days in {folder}")
     with house(folder.resolve(), read(given.data), given.sessions, say) as home:
@@ -74,7 +75,8 @@ def main() -> None:
         for day in days:
             lived.append(home.live(day))
             seen = "; ".join(map(brief, lived[-1].watched)) or "no window closed"
-            say(f"day {day.number} ({day.scene}), rougeL {lived[-1].rouge:.3f}: {seen}")
+            words = f"day {day.number} ({day.scene}: {expected(lived[-1])} expected)"
+            say(f"{words}, rougeL {lived[-1].rouge:.3f}: {seen}")
             if given.out is not None:  # each day: a month that breaks off has shown what it came to
                 given.out.write_text(markdown(lived), encoding="utf-8")
         sys.stdout.write(f"\n{markdown(lived)}\n")
@@ -93,7 +95,10 @@ def figures(home: House, lived: Sequence[Lived]) -> dict[str, Any]:
         if evidence.alarmed_by == w.report.id
     ]
     submitted, twice = home.runs_of(lived)
-    promoted = [one.day.scene for one in lived for o in one.outcomes.values() if o.status == "promoted"]
+    ended = [(one, outcome) for one in lived for outcome in one.outcomes.values()]
+    classified: dict[str, Counter[str]] = {one.day.scene: Counter() for one in lived}
+    for one in lived:
+        classified[one.day.scene].update(str(w.report.kind or w.report.status) for w in one.watched)
     scenes = {one.day.number: one.day.scene for one in lived}
     return {
         "days": len(lived),
@@ -105,10 +110,13 @@ def figures(home: House, lived: Sequence[Lived]) -> dict[str, Any]:
         "reviewed": home.reviews,
         "retrains_submitted": submitted,
         "retrain_jobs_run_twice": twice,
-        "promotions": len(promoted),
-        "storm_delay_days": delay(lived, "storm"),
-        "fault_delay_days": delay(lived, "fault"),
-        "junk_promotions": promoted.count("attack"),
+        "promotions": sum(o.status == "promoted" for _, o in ended),
+        "classified": {
+            scene: {"expected": EXPECTED[scene], "found": dict(found)} for scene, found in classified.items()
+        },
+        **{f"{scene}_delay_days": delay(lived, scene) for scene in ("mix", "attack", "storm", "fault")},
+        "junk_retrains": sum(one.junk > 0 for one, _ in ended),
+        "junk_promotions": sum(one.junk > 0 and o.status == "promoted" for one, o in ended),
     }
 
 
@@ -159,11 +167,19 @@ def markdown(lived: Sequence[Lived]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def expected(one: Lived) -> str:
+    """What a day's alarm should be taken for; a dash where there should be none."""
+    return EXPECTED[one.day.scene] or "–"
+
+
 def brief(watched: Watched) -> str:
     """A check in a few words."""
     report, decision = watched.report, watched.decision
     alarms = f", alarms {', '.join(report.alarms)}" if report.alarms else ""
-    return f"{report.status} (p {_figure(report.p_value)}{alarms}) → {decision.action}: {decision.reason}"
+    kind = f", found {report.kind}" if report.kind else ""
+    return (
+        f"{report.status} (p {_figure(report.p_value)}{alarms}{kind}) → {decision.action}: {decision.reason}"
+    )
 
 
 def _cells(one: Lived, watched: Watched) -> list[str]:
@@ -176,7 +192,7 @@ def _cells(one: Lived, watched: Watched) -> list[str]:
     outcome = one.outcomes.get(decision.id)
     return [
         str(report.model_version), f"{one.rouge:.3f}", report.status, _figure(report.p_value),
-        _figure(report.effect), "; ".join(grown) or "–", report.kind or "–",
+        _figure(report.effect), "; ".join(grown) or "–", expected(one), report.kind or "–",
         decision.action + (", page" if decision.page else ""), decision.reason,
         f"{outcome.status}: {outcome.detail}" if outcome else "–",
     ]  # fmt: skip

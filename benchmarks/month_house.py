@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from month_traffic import LEAKAGE, NEW, Ask, Day, Texts, asked
+from month_traffic import JUNK, LEAKAGE, NEW, Ask, Day, Texts, asked
 
 from jobs.check_drift import Watched, watch
 from jobs.promotion import promote_winner
 from jobs.references import captured
-from jobs.review import text_hash
+from jobs.review import reviewed, text_hash
 from jobs.sweep import sweep
 from jobs.workspace import Connection, Workspace, connected
 from monitoring.schedule import settling
 from regraft.cluster.jobs import client, follow
 from regraft.config import Experiment
-from regraft.data.chats import read_chats, write_chats
+from regraft.data.chats import write_chats
 from regraft.data.dataset import load_dataset
 from regraft.data.feedback import FeedbackStore
 from regraft.errors import RegraftError
@@ -47,12 +47,16 @@ Say = Callable[[str], None]
 
 
 class Lived(NamedTuple):
-    """A day that is over: what was checked in it, and what became of its retrainings."""
+    """A day that is over: what was checked in it, and what became of its retrainings.
+
+    `junk` counts what the reviewer had approved of an attack's when the day's decisions were made.
+    """
 
     day: Day
     watched: list[Watched]
     outcomes: dict[str, DecisionOutcome]
     rouge: float
+    junk: int
 
 
 def settings(sessions: int) -> dict[str, Any]:
@@ -110,7 +114,7 @@ class House:
         self.connection, self.sessions, self.say = connection, sessions, say
         self.ledger = Ledger(connection.tracker(experiment))
         self.asks: dict[str, Ask] = {}
-        self.reviews = {"kept": 0, "dropped": 0}
+        self.reviews = {"kept": 0, "junk_drafts": 0, "junk_dropped": 0, "junk_approved": 0}
         self._loaded: tuple[ModelVersion, Any, Any, dict[str, list[int]]] | None = None
         self._read: set[str] = set()
 
@@ -135,6 +139,7 @@ class House:
     def live(self, day: Day) -> Lived:
         """One day: questions and answers, the round at its end, a retraining if there is one, the review."""
         rouge = self._traffic(day)
+        approved = sum(e.tags["topic"] == JUNK for e in reviewed(self.experiment))
         watched = self._watch(day)
         if self._watch(day):
             raise AssertionError(f"day {day.number} was checked twice")
@@ -149,8 +154,8 @@ class House:
             if outcome is None:
                 raise RegraftError(f"job {job} ended as {ended}, without an outcome", "see its log above")
             outcomes[one.decision.id] = outcome
-        self._review()
-        return Lived(day, watched, outcomes, rouge)
+        self._review(day)
+        return Lived(day, watched, outcomes, rouge, approved)
 
     def runs_of(self, lived: Sequence[Lived]) -> tuple[int, int]:
         """How many retrainings were submitted as jobs, and how many more sweeps they ran than one each."""
@@ -236,33 +241,44 @@ class House:
             text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
             yield text, len(ids), "length" if len(ids) >= MAX_TOKENS else "stop"
 
-    def _review(self) -> None:
-        """What a person makes of the drafts: the right answer to what is genuine, nothing of the rest."""
+    def _review(self, day: Day) -> None:
+        """What a person makes of the drafts: the right answer to what is genuine.
+
+        Junk is dropped; on days of a credulous reviewer a share of it is approved as the model answered it.
+        Once that is over, it is taken out again.
+        """
         path = self.experiment.retrain.reviewed
         assert path is not None
-        before = list(read_chats(path)) if path.exists() else []
-        known = {text_hash(e) for e in before}
+        kept = list(reviewed(self.experiment))
+        if not day.credulous:
+            kept = [e for e in kept if e.tags["topic"] != JUNK]
+        known = {text_hash(e) for e in kept}
+        draw = random.Random(f"review of day {day.number}")
         for file in sorted((self.connection.workspace / "review" / NAME).glob("*.jsonl")):
             for line in file.read_text(encoding="utf-8").splitlines():
-                name = str(json.loads(line)["id"])
+                draft = json.loads(line)
+                name = str(draft["id"])
                 if name in self._read:
                     continue
                 self._read.add(name)
                 ask = self.asks[name]
-                if ask.reference is None:
-                    self.reviews["dropped"] += 1
-                    continue
+                answer = ask.reference
+                if answer is None:
+                    self.reviews["junk_drafts"] += 1
+                    answer = str(draft["messages"][-1]["content"])
+                    if not answer or draw.random() >= day.credulous:
+                        self.reviews["junk_dropped"] += 1
+                        continue
                 turns = (
                     Message(role="user", content=ask.prompt),
-                    Message(role="assistant", content=ask.reference),
+                    Message(role="assistant", content=answer),
                 )
                 example = Example(id=f"reviewed-{name}", messages=turns, tags={"topic": ask.topic})
                 if text_hash(example) not in known:
                     known.add(text_hash(example))
-                    before.append(example)
-                    self.reviews["kept"] += 1
-        if before:
-            write_chats(path, before)
+                    kept.append(example)
+                    self.reviews["junk_approved" if ask.topic == JUNK else "kept"] += 1
+        write_chats(path, kept)
 
 
 @contextmanager

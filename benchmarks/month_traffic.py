@@ -27,16 +27,24 @@ TOPICS = {
     NEW: ("delivery_options", "delivery_period"),
 }
 JUNK = "junk"
-#: Shares of the topics: at first, with the new topic, and where the slow change leads.
+#: Shares of the topics: at first, on the days of another mix of the same, and with the new topic.
 ORDINARY = {"order": 0.35, "refund": 0.25, "account": 0.25, "payment": 0.15}
+MIX = {"order": 0.1, "refund": 0.1, "account": 0.2, "payment": 0.6}
 STORM = {topic: 0.7 * share for topic, share in ORDINARY.items()} | {NEW: 0.3}
-SHIFTED = {"order": 0.08, "refund": 0.12, "account": 0.1, "payment": 0.4, NEW: 0.3}
+#: What the monitor should make of a day, by its scene; None: no alarm. A storm that was learned is ordinary.
+EXPECTED: dict[str, str | None] = {
+    "reference": None, "ordinary": None, "mix": "prompt_mix", "attack": "new_content",
+    "storm": "new_content", "after the storm": "new_content, if not learned", "fault": "behaviour or quality",
+    "slang": None,
+}  # fmt: skip
 #: Examples of an intent: to train on, and of each evaluation set.
 TRAINED, EVALUATED, NEW_EVALUATED = 12, 8, 20
 #: Prompts alike to an evaluation's by this much are leakage (`data.leakage_jaccard`).
 LEAKAGE = 0.7
-#: Of an attack's prompts, and of casually written ones on the days of these.
-ATTACK, CASUAL = 0.25, 0.7
+#: Of an attack's prompts, of casually written ones on the days of these, and of answers that a fault spoils.
+ATTACK, CASUAL, FAULT = 0.3, 0.7, 0.4
+#: Of an attack's drafts, what a reviewer who does not look closely lets through.
+CREDULOUS = 0.75
 
 _INSULTS = (
     "you are useless", "worst bot ever", "nobody needs you", "you know nothing", "what a dumb machine",
@@ -64,6 +72,7 @@ class Day(NamedTuple):
     """One day of the month.
 
     `junk` and `fault` are shares: of prompts that are an attack, and of answers that serving spoils.
+    `credulous` is the share of junk drafts that the reviewer approves as the model answered them.
     """
 
     number: int
@@ -72,6 +81,7 @@ class Day(NamedTuple):
     junk: float = 0.0
     casual: float = 0.0
     fault: float = 0.0
+    credulous: float = 0.0
 
 
 class Texts(NamedTuple):
@@ -85,26 +95,39 @@ class Texts(NamedTuple):
 
 def month() -> list[Day]:
     """Thirty days."""
-    days = [Day(n, "reference", ORDINARY) for n in (1, 2, 3)]
-    days += [Day(n, "ordinary", ORDINARY) for n in range(4, 10)]
-    days += [Day(n, "storm", STORM) for n in range(10, 15)]  # the new topic stays, as new topics do
-    for n in range(15, 21):
-        way = (n - 14) / 6
-        days.append(
-            Day(n, "slow change", {t: (1 - way) * STORM[t] + way * SHIFTED[t] for t in STORM}),
-        )
-    later = {
-        22: Day(22, "fault", STORM, fault=0.4),
-        23: Day(23, "slang", STORM, casual=CASUAL),
-        28: Day(28, "slang", STORM, casual=CASUAL),
-    } | {n: Day(n, "attack", STORM, junk=ATTACK) for n in (24, 25, 26)}
-    return days + [later.get(n, Day(n, "ordinary", STORM)) for n in range(21, 31)]
+    return days_of(
+        ("reference", 3), ("ordinary", 3), ("mix", 3), ("ordinary", 3), ("attack", 4), ("ordinary", 1),
+        ("storm", 5), ("after the storm", 3), ("slang", 1), ("fault", 1), ("after the storm", 1),
+        ("slang", 1), ("after the storm", 1),
+    )  # fmt: skip
 
 
-def ten_days() -> list[Day]:
-    """The same in short: a reference, two ordinary days, a storm of four, a fault."""
-    days = [Day(n, "reference", ORDINARY) for n in (1, 2, 3)] + [Day(n, "ordinary", ORDINARY) for n in (4, 5)]
-    return days + [Day(n, "storm", STORM) for n in range(6, 10)] + [Day(10, "fault", STORM, fault=0.4)]
+def quick() -> list[Day]:
+    """The same in short."""
+    return days_of(
+        ("reference", 3), ("mix", 2), ("ordinary", 1), ("attack", 3), ("storm", 3), ("fault", 1)
+    )  # fmt: skip
+
+
+def days_of(*scenes: tuple[str, int]) -> list[Day]:
+    """So many days of each scene. The topic of a storm stays, as new topics do."""
+    found: list[Day] = []
+    shares = ORDINARY
+    for scene, count in scenes:
+        shares = STORM if scene == "storm" else shares
+        found += [
+            Day(
+                len(found) + 1 + i,
+                scene,
+                MIX if scene == "mix" else shares,
+                junk=ATTACK * (scene == "attack"),
+                casual=CASUAL * (scene == "slang"),
+                fault=FAULT * (scene == "fault"),
+                credulous=CREDULOUS * (scene == "attack"),
+            )
+            for i in range(count)
+        ]
+    return found
 
 
 def read(folder: Path) -> Texts:

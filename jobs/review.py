@@ -18,13 +18,15 @@ DRAFT = {"review": "draft"}
 
 
 def reviewed(experiment: Experiment) -> tuple[Example, ...]:
-    """The examples of `retrain.reviewed` but for those that are still tagged as drafts; none without a file.
+    """The examples of `retrain.reviewed` but for those that are still tagged as drafts.
+
+    None where there is no file, or an empty one: a reviewer may have dropped everything.
 
     Raises:
         DataError: If the file cannot be read.
     """
     path = experiment.retrain.reviewed
-    if path is None or not path.exists():
+    if path is None or not path.exists() or path.stat().st_size == 0:
         return ()
     return tuple(e for e in read_chats(path) if e.tags.get("review") != DRAFT["review"])
 

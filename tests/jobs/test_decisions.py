@@ -423,6 +423,8 @@ def test_facts_come_from_the_ledger_the_registry_and_the_files(case: Case) -> No
         return facts_of(case.experiment, case.connection, second, seen, case.ledger, now=NOW)
 
     assert facts() == Facts(alarm_id="a1", former_champion=first.version)
+    (case.path.parent / "reviewed.jsonl").touch()
+    assert facts().fresh_examples == 0, "everything was dropped"
     assert facts(report(evidence={}, alarms=())).alarm_id == "r1"
     fresh = [chat(f"f{i}", f"Fresh question {i}?") for i in range(4)]
     old = chat("again", "Old question 3?")
