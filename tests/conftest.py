@@ -12,6 +12,9 @@ import pytest
 
 # Decode as where numba is not installed, which is the default; the tests of its loops turn them on.
 os.environ.setdefault("REGRAFT_KERNELS", "0")
+# Tests run in as many processes as there are cores: with more threads than that, those that share work out
+# wait for each other's turn, which took ten times as long. Read when torch is imported, and handed down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -37,7 +37,7 @@ def _regraft(cwd: Path, *arguments: str) -> str:
 
 
 def _environment(cwd: Path) -> dict[str, str]:
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_", "OMP_"))}
     return keep | {"REGRAFT_WORKSPACE": str(cwd / ".regraft"), "COLUMNS": "160"}
 
 
