@@ -8,12 +8,12 @@ that is followed to its end before the next day, and the champion of the registr
 
 Ordinary days; known topics in other shares; an attack of junk prompts, of which the reviewer lets most
 through, so that a retraining learns junk; a storm of a new topic, which stays; days of slang; and a day on
-which serving spoils answers. `--quick` is sixteen days with one of each but the slang.
+which serving spoils answers. `--quick` is thirteen days with one of each but the slang.
 
 An alarm is false if every day that its evidence grew over was ordinary. Delays are in days from the first of
-the scene to the alarm, the same day being 1. `classified` counts what each
-scene's alarms were taken for, beside what was expected. `junk_promotions` counts promotions of what was
-trained with junk. Quality is ROUGE-L on every registered evaluation set, of the first champion and of the last.
+the scene to the alarm, the same day being 1. `classified` counts what each scene's alarms were taken for,
+beside what was expected. `junk_promotions` counts promotions of what was trained with junk. Quality is
+ROUGE-L on every registered evaluation set, of the first champion and of the last.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     """Live the days, print the ledger and the figures."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
-    words.add_argument("--quick", action="store_true", help="sixteen days: about ten minutes on two cores")
+    words.add_argument("--quick", action="store_true", help="thirteen days: about ten minutes on two cores")
     words.add_argument("--days", type=int, help="no more than so many of them")
     words.add_argument("--sessions", type=int, default=SESSIONS, help="questions a day")
     words.add_argument("--work", type=Path, help="folder for all that is kept; a temporary one if not given")

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from jobs.console import Say, console, say, show_drift
+from jobs.console import Say, console, say, show_details, show_drift
 from jobs.decisions import carry_out, facts_of, reconcile
 from jobs.references import freeze_traffic
 from jobs.scene import FAULTS, Scene
@@ -24,7 +24,7 @@ from jobs.workspace import Connection, Workspace
 from monitoring.check import Checked
 from monitoring.policy import decide
 from monitoring.schedule import close_windows, due, settling
-from monitoring.timeline import metric_points
+from monitoring.timeline import clock, metric_points
 from regraft.cluster import local
 from regraft.cluster.locks import cluster_lock
 from regraft.config import Experiment
@@ -203,13 +203,19 @@ def run(
     if start is not None or end is not None:
         checked, html = look(experiment, connection, start=start, end=end)
         show_drift([("looked at", checked.report)])
+        show_details(checked.report)
         console.print(checked.report.summary, markup=False)
         say(f"report: {html}")
         say("only looked at: nothing was counted or decided; without --start and --end it is")
         return [checked.report]
     rounds = watch(path, experiment, connection, close=True, act=act)
-    show_drift([(watched.report.window_end, watched.report) for watched in rounds])
+    show_drift(
+        [(clock(watched.report.window_end), watched.report) for watched in rounds],
+        {watched.report.id: watched.decision for watched in rounds},
+    )
     for watched in rounds:
+        if watched.report.alarms or watched is rounds[-1]:
+            show_details(watched.report)
         console.print(watched.report.summary, markup=False)
         say(f"report: {watched.html}")
         say(f"decision: {watched.decision.action}: {watched.decision.reason}")

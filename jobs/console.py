@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +25,8 @@ from regraft.records import DriftReport, Leaderboard, PromotionDecision, Retrain
 console = Console(soft_wrap=True, highlight=False, force_terminal=sys.stdout.isatty())
 #: Where a stage sends its lines.
 Say = Callable[[str], None]
+#: Columns that tables of the monitor take at least, and fit into.
+_WIDTH = 100
 _STARTED = time.monotonic()
 
 
@@ -128,22 +131,29 @@ def show_drift(
         reports: With what each is called.
         decisions: What was decided, by the id of the report.
     """
-    table = Table(title="Drift checks")
+    table = _narrow("Drift checks")
     numbers = {"exchanges", "p-value", "effect", "evidence"}
     for name in COLUMNS:
-        table.add_column(name, justify="right" if name in numbers else "left")
+        whole = name in {"window", "verdict", "evidence", "kind", "decision"}
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=whole, overflow="fold")
     rows = history_table([r for _, r in reports], decisions, [title for title, _ in reports])
     for row in rows:
         table.add_row(*map(_plain, row))
-    Console(width=max(console.width, 120)).print(table)
+    Console(width=max(console.width, _WIDTH)).print(table)
+
+
+def show_details(report: DriftReport) -> None:
+    """Print what stands behind a check's verdict: quality signals, and what changed."""
+    show_quality(report)
+    show_attribution(report)
 
 
 def show_quality(report: DriftReport) -> None:
     """Print the quality signals of a check, those that alarm in bold; nothing where there are none."""
     if not report.quality:
         return
-    table = Table(title=f"Quality of {report.model}/{report.model_version}")
-    words = {"signal", "verdict", "evidence"}
+    table = _narrow(f"Quality of {report.model}/{report.model_version}, {clock(report.window_end)} UTC")
+    words = {"signal", "verdict"}
     for name in ("signal", "window", "reference", "95 % interval", "count", "verdict", "evidence"):
         table.add_column(name, justify="left" if name in words else "right")
     for signal in report.quality:
@@ -151,7 +161,7 @@ def show_quality(report: DriftReport) -> None:
         if signal.low is not None and signal.high is not None:
             interval = " to ".join(quality_words(signal.name, b) for b in (signal.low, signal.high))
         table.add_row(
-            _plain(signal.name),
+            _plain(signal.name.replace("_", " ")),
             quality_words(signal.name, signal.value),
             quality_words(signal.name, signal.reference),
             interval,
@@ -160,7 +170,7 @@ def show_quality(report: DriftReport) -> None:
             evidence_words(report, signal.name),
             style="bold" if signal.name in report.alarms else None,
         )
-    Console(width=max(console.width, 120)).print(table)
+    Console(width=max(console.width, _WIDTH)).print(table)
 
 
 def show_attribution(report: DriftReport) -> None:
@@ -168,8 +178,11 @@ def show_attribution(report: DriftReport) -> None:
     found = report.attribution
     if found is None:
         return
+    from monitoring.descriptors import DESCRIPTORS, FULL, MORE
+
     since = f" since {clock(found.since)} UTC" if found.since else ""
-    table = Table(title=f"What changed{since}: {found.where}")
+    called = DESCRIPTORS | MORE | FULL
+    table = _narrow(f"What changed{since}: {found.where}")
     for name in ("what", "side", "before", "now", "exchanges"):
         table.add_column(name, justify="left" if name in {"what", "side"} else "right")
     for topic in found.topics:
@@ -178,8 +191,18 @@ def show_attribution(report: DriftReport) -> None:
         table.add_row(_plain(name), f"{topic.side}s", *shares, f"{topic.count:,}")
     for moved in found.descriptors:
         means = (f"{moved.reference:.3g}", f"{moved.window:.3g}")
-        table.add_row(_plain(moved.name.replace("_", " ")), f"{moved.side}s", *means, "")
-    Console(width=max(console.width, 120)).print(table)
+        table.add_row(_plain(called.get(moved.name, moved.name)), f"{moved.side}s", *means, "")
+    if table.row_count:
+        Console(width=max(console.width, _WIDTH)).print(table)
+    else:
+        console.print(f"{table.title}; no topic and no descriptor by itself", markup=False)
+
+
+def _narrow(title: str) -> Table:
+    """A table that fits an ordinary terminal."""
+    return Table(
+        title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
 
 
 def _plain(words: str) -> Text:

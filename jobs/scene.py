@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jobs.console import Say
+from jobs.likelihood import answer_logprobs
 from jobs.quality import judge_scores, late_scores
 from jobs.references import captured, feedback_of, reference_of
 from jobs.workspace import Connection
@@ -16,9 +17,9 @@ from monitoring.detectors import Calibrated
 from monitoring.quality import quality_signals
 from monitoring.sampling import MOST_SESSIONS, Sampled, sampled_exchanges
 from monitoring.sequential import DRIFT, PROMPTS
-from monitoring.windows import Reference
+from monitoring.windows import Reference, rows_of
 from regraft.config import Experiment
-from regraft.errors import RegraftError
+from regraft.errors import DataError, ModelError, RegraftError
 from regraft.records import CapturedExchange, DriftReport, Evidence, Feedback, ModelVersion
 from regraft.times import utc
 from regraft.tracking.ledger import Ledger
@@ -173,9 +174,41 @@ class Scene(NamedTuple):
             previous=previous,
             quality=quality,
             since_growth=[*before, *exchanges],
+            logprobs=self._logprobs(exchanges),
             start=start,
             end=end,
         )
+
+    def _logprobs(self, exchanges: Sequence[CapturedExchange]) -> dict[str, float]:
+        """How likely the champion finds a sample of its answers, of the window and of the reference.
+
+        An evaluation's reference has no exchanges: of its prompts not all turns are kept.
+        """
+        limit = self.experiment.monitor.logprob_answers
+        if not limit:
+            return {}
+        found: dict[str, float] = {}
+        try:
+            folder = self.connection.registry.fetch(self.champion.logged_model_id)
+            for some in (self._reference_exchanges(), exchanges):
+                own = {row.id for row in rows_of(some)}  # as they are compared
+                found |= answer_logprobs(
+                    self.experiment, self.champion, [e for e in some if e.id in own], limit, folder=folder
+                )
+        except (DataError, ModelError) as error:
+            self.say(f"answers have no log-probabilities: {error}")
+        return found
+
+    def _reference_exchanges(self) -> list[CapturedExchange]:
+        """What the reference was frozen of, as far as it is still captured."""
+        if not self.reference.until:
+            return []
+        own = {row.id for row in self.reference.rows}
+        stream = captured(self.experiment, self.connection).stream(
+            end=utc(self.reference.until) + timedelta(microseconds=1),
+            model=self.champion.name, version=self.champion.version,
+        )  # fmt: skip
+        return [e for e in stream if e.id in own]
 
     def page(self, report: DriftReport) -> Path:
         """Where the page of a report is written."""

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from monitoring.detectors import DETECTOR_CLASSES, Calibrated, Detection, Detector, parse_detector
 from monitoring.explaining import Explained, explain
+from monitoring.likelihoods import beside
 from monitoring.measures import SERVICE
 from monitoring.sequential import DRIFT, PROMPTS, alarm_at, step
 from monitoring.windows import Reference, Row, Window, sampled
@@ -87,6 +88,7 @@ def check_window(
     previous: DriftReport | None = None,
     quality: Sequence[QualitySignal] = (),
     since_growth: Sequence[CapturedExchange] | None = None,
+    logprobs: Mapping[str, float] | None = None,
     start: str = "",
     end: str = "",
 ) -> Checked:
@@ -102,6 +104,8 @@ def check_window(
         quality: Signals of the same window.
         since_growth: Exchanges since the evidence began to grow, which an alarm is explained by; the window
             if not given.
+        logprobs: Mean log-probability of a token of answers, by the ids of exchanges, where it is known. It
+            is told, and explains; it raises no alarm.
         start: Of the window, where it is not that of its first exchange.
         end: Of the window, likewise.
 
@@ -166,6 +170,7 @@ def check_window(
             since_growth if since_growth is not None else exchanges,
             explainer,
             inputs_p=detections[PROMPTS].p_value if explainer == detector else None,
+            logprobs=logprobs,
             since=min((e.since for n, e in evidence.items() if n in detections and e.since), default=""),
         )
     kind = _kind(explained, alarms) if alarms else None
@@ -194,6 +199,7 @@ def check_window(
             "alarms": alarms,
             "kind": kind,
             "attribution": explained.attribution,
+            "answer_logprob": beside(before, window.rows, logprobs or {}),
             "summary": "",
         }
     )

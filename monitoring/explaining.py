@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from monitoring.attribution import attribute
@@ -35,6 +35,7 @@ def explain(
     *,
     since: str,
     inputs_p: float | None = None,
+    logprobs: Mapping[str, float] | None = None,
 ) -> Explained:
     """Match prompts of the windows that look changed with the reference's, and say what changed.
 
@@ -49,6 +50,7 @@ def explain(
         detector: Whose map and embeddings are used.
         since: When the evidence began to grow; "" if it has not.
         inputs_p: What this detector found of the window's prompts, if it was asked already.
+        logprobs: Mean log-probability of a token of answers, by the ids of rows, where it is known.
     """
     own = {row.id for row in window.rows}
     answered = [e for e in since_growth if e.error is None]
@@ -65,6 +67,7 @@ def explain(
             matched,
             created={e.id: e.created for e in answered},
             since=since,
+            logprobs=logprobs,
             inputs_p=inputs_p,
         )
     except (DataError, ModelError) as error:

@@ -6,10 +6,10 @@ another prompt template or at a higher temperature. Nothing here loads a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from monitoring.windows import hashed
-from regraft.records import CapturedExchange, Likelihood
+from monitoring.windows import Row, hashed
+from regraft.records import AnswerLogprob, CapturedExchange, Likelihood
 
 #: Scores exchanges, in their order; None where that cannot be done.
 Score = Callable[[Sequence[CapturedExchange]], Sequence[Likelihood | None]]
@@ -48,3 +48,24 @@ def likelihoods(exchanges: Sequence[CapturedExchange], score: Score, limit: int)
         for exchange, found in zip(asked, score(asked), strict=True)
         if found is not None and found.tokens
     }
+
+
+def beside(
+    reference: Iterable[Row], window: Iterable[Row], logprobs: Mapping[str, float]
+) -> AnswerLogprob | None:
+    """The mean of the window's answers beside that of the reference's; None where no answer was scored.
+
+    Args:
+        reference: Rows that were compared with.
+        window: Rows compared.
+        logprobs: Of some of both, by their ids.
+    """
+    before, now = ([logprobs[r.id] for r in rows if r.id in logprobs] for rows in (reference, window))
+    if not now:
+        return None
+    return AnswerLogprob(
+        window=sum(now) / len(now),
+        count=len(now),
+        reference=sum(before) / len(before) if before else None,
+        reference_count=len(before),
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from monitoring import markup
 from monitoring.advice import done, heading, seen, to_do
-from monitoring.descriptors import DESCRIPTORS, MORE
+from monitoring.descriptors import DESCRIPTORS, FULL, MORE
 from monitoring.detectors.base import Detection
 from monitoring.pictures import COLOURS, VERDICTS, Mark, bars, trend
 from monitoring.sequential import DRIFT
@@ -224,7 +224,7 @@ def _changed(report: DriftReport) -> list[str]:
         parts.append("<h3>Topics, before and now</h3>")
         parts += [_topic(topic, most) for topic in topics]
     if found.descriptors:
-        names = DESCRIPTORS | MORE
+        names = DESCRIPTORS | MORE | FULL
         rows = [
             (
                 f"{names.get(d.name, d.name)} of {d.side}s",

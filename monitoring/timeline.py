@@ -38,8 +38,9 @@ def metric_points(report: DriftReport) -> tuple[Point, ...]:
 
     Returns:
         `drift/p_value`, `drift/effect`, `drift/evidence`, `drift/prompts_evidence`, `drift/rows` and
-        `drift/alarm` (0 or 1); for each quality signal `quality/<name>`, `quality/<name>_reference` and
-        `quality/<name>_evidence`. What was not computed is left out.
+        `drift/alarm` (0 or 1), `drift/answer_logprob` and `drift/answer_logprob_reference`; for each quality
+        signal `quality/<name>`, `quality/<name>_reference` and `quality/<name>_evidence`. What was not
+        computed is left out.
     """
     end = instant(report.window_end)
     if end is None:
@@ -50,6 +51,9 @@ def metric_points(report: DriftReport) -> tuple[Point, ...]:
         "drift/effect": report.effect,
         "drift/alarm": float(bool(report.alarms)),
     }
+    if report.answer_logprob is not None:
+        values["drift/answer_logprob"] = report.answer_logprob.window
+        values["drift/answer_logprob_reference"] = report.answer_logprob.reference
     for name, evidence in report.evidence.items():
         values[_EVIDENCE.get(name, f"quality/{name}_evidence")] = evidence.value
     for signal in report.quality:

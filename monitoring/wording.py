@@ -6,7 +6,7 @@ from monitoring.detectors import Detection, Detector
 from monitoring.sequential import DRIFT
 from monitoring.windows import Window
 from regraft.config import MonitorSection
-from regraft.records import DriftReport, QualitySignal
+from regraft.records import AnswerLogprob, DriftReport, QualitySignal
 
 
 def summary(
@@ -29,7 +29,8 @@ def summary(
         lacking: What there was too little of, in words.
         unclear: Why the change cannot be explained, in words; empty if it can.
     """
-    left_out = f" Left out of {window.given}: {window.left_out}." if window.left_out else ""
+    left_out = _likelihood(report)
+    left_out += f" Left out of {window.given}: {window.left_out}." if window.left_out else ""
     worse = [s for s in report.quality if s.name in report.alarms]
     said = "; ".join(f"{s.name} {s.value:.3g} ({_beside(s)})" for s in worse if s.value is not None)
     if detection is None:
@@ -65,6 +66,21 @@ def summary(
 
 def _beside(signal: QualitySignal) -> str:
     return "no reference" if signal.reference is None else f"{signal.reference:.3g} in the reference"
+
+
+def _likelihood(report: DriftReport) -> str:
+    found = report.answer_logprob
+    return "" if found is None else f" {logprob_words(found)}."
+
+
+def logprob_words(found: AnswerLogprob) -> str:
+    """How likely the model finds its own answers, in words."""
+    words = (
+        f"Its own answers have a log-probability of {found.window:.2f} nats a token ({found.count} answers"
+    )
+    if found.reference is None:
+        return f"{words}; the reference's prompts are not on record)"
+    return f"{words}; {found.reference:.2f} in the reference)"
 
 
 def _dot(words: str) -> str:

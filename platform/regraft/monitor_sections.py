@@ -93,6 +93,13 @@ class MonitorSection(Section):
         description="Sessions of the first accepted traffic that become the reference, in place of the "
         "evaluation's answers, once there are that many; 0: the evaluation's answers stay.",
     )
+    logprob_answers: int = Field(
+        0,
+        ge=0,
+        description="Answers of a window, and of the reference, whose likelihood under the serving model is "
+        "told: other weights, another template or another temperature show in it. The model is loaded once "
+        "more where the check runs, for as long as a forward pass of so many answers takes; 0: not at all.",
+    )
     every_seconds: float = Field(3600, gt=0, description="How often `regraft monitor run` checks.")
     quality: QualitySection = QualitySection()
     webhook: WebhookSection = WebhookSection()

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+import jobs.check_drift
 from jobs.check_drift import Watched, watch
 from jobs.references import captured, freeze_evaluation, reference_of
 from jobs.workspace import Connection
 from regraft.config import Experiment
 from regraft.data.chats import read_chats
+from regraft.methods import parse_method
+from regraft.models import resolve
 from regraft.records import (
     CapturedExchange,
     DatasetVersion,
@@ -119,21 +122,16 @@ def house(
         connection = Connection(
             tracking_uri=mlflow_url, ray_address=two_nodes.address, jobs_url=None, workspace=tmp_path / "w"
         )
-        champion = promoted(experiment, connection, tmp_path)
+        champion = promoted(experiment, connection, tmp_path, tiny_model)
         return House(tmp_path / "regraft.yaml", experiment, connection, champion)
 
     yield build
 
 
-def promoted(experiment: Experiment, connection: Connection, folder: Path) -> ModelVersion:
-    """A version that answers ordinary prompts in the ordinary way, made the champion."""
-    from safetensors.numpy import save_file
-
-    adapter = folder / "adapter"
-    adapter.mkdir()
-    import numpy as np
-
-    save_file({"w": np.zeros(2, dtype=np.float32)}, adapter / "adapter_model.safetensors")
+def promoted(experiment: Experiment, connection: Connection, folder: Path, base: Path) -> ModelVersion:
+    """A version that is said to answer ordinary prompts in the ordinary way, made the champion."""
+    method, adapter = parse_method({"name": "lora", "rank": 2}), folder / "adapter"
+    method.save(method.apply(method.load_base(base, "float32", "cpu")), adapter)
     example = Example(
         id="e", messages=(Message(role="user", content="a"), Message(role="assistant", content="b"))
     )
@@ -142,8 +140,8 @@ def promoted(experiment: Experiment, connection: Connection, folder: Path) -> Mo
     sweep = tracker.start_sweep("s", params={}, dataset=data)
     trial = tracker.start_trial(sweep, sweep_id="s", key="k", label="k", params={}, dataset=data)
     result = TrialResult(
-        key="k", sweep_id="s", run_id=trial.run_id, label="k", method={"name": "lora"}, base_model="b",
-        base_revision="r", dataset_id="d", status="completed",
+        key="k", sweep_id="s", run_id=trial.run_id, label="k", method={"name": "lora", "rank": 2},
+        base_model=str(base), base_revision=resolve(str(base)).revision, dataset_id="d", status="completed",
         logged_model_id=trial.log_adapter(adapter, name="k", params={}, step=1),
     )  # fmt: skip
     version = connection.registry.register(experiment.name, result)
@@ -264,3 +262,39 @@ def test_a_fault_that_goes_on_keeps_its_alarm(house) -> None:
         here.day(day, KNOWN, answer=None if day == 0 else "I'm sorry, I cannot help with that.")
     _, first, *later = (w.report for w in here.watch(4.5))
     assert [r.evidence["refusal_rate"].alarmed_by for r in later] == [first.id, first.id]
+
+
+def test_how_likely_the_champion_finds_its_answers_is_told_where_it_is_asked_for(
+    house, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setenv("REGRAFT_HOME", str(tmp_path / "home"))
+    here = house(reference_rows=100, logprob_answers=12)
+    for day in range(3):
+        here.day(day, KNOWN)
+    *_, last = here.watch(3.5)
+    found = last.report.answer_logprob
+    assert found is not None
+    assert (found.count, found.reference_count) == (12, 12)
+    assert found.window < 0
+    assert found.reference is not None
+    assert abs(found.window - found.reference) < 1, "all are as unlikely to a random model"
+    assert f"{found.window:.2f} nats a token (12 answers; {found.reference:.2f}" in last.report.summary
+    assert f"{found.window:.2f} nats a token" in last.html.read_text()
+
+
+def test_a_terminal_shows_quality_and_what_changed_after_the_verdict(house, monkeypatch, capsys) -> None:
+    here = house()
+    here.day(0, KNOWN)
+    here.day(1, NEW)
+    rounds = here.watch(2.5)
+    monkeypatch.setattr(jobs.check_drift.Workspace, "connect", lambda *_: here.connection)
+    monkeypatch.setattr(jobs.check_drift, "watch", lambda *_, **__: rounds)
+    jobs.check_drift.run(here.path)
+    shown = capsys.readouterr().out
+    verdict, quality, changed, decision = (
+        shown.index(words) for words in ("Drift checks", "Quality of", "What changed", "decision: watch")
+    )
+    assert verdict < quality < changed < decision
+    assert "refusal rate" in shown[quality:changed]
+    assert shown.count("Quality of") == 1, "of the last check alone, where no other alarms"
+    assert max(map(len, shown[quality:changed].splitlines())) <= 100

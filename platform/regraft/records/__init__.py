@@ -23,6 +23,7 @@ from regraft.records.evaluation import EvalReport, ExampleScore, Likelihood
 from regraft.records.feedback import Feedback
 from regraft.records.monitoring import (
     Action,
+    AnswerLogprob,
     Attribution,
     DecisionOutcome,
     DescriptorChange,
@@ -43,6 +44,7 @@ __all__ = [
     "FIGURES",
     "Action",
     "AnswerDifference",
+    "AnswerLogprob",
     "Attribution",
     "CapturedExchange",
     "Comparison",

@@ -110,6 +110,22 @@ class DescriptorChange(Record):
     distance: float
 
 
+class AnswerLogprob(Record):
+    """How likely the serving model finds its own answers: mean log-probability of a token, in nats.
+
+    Attributes:
+        window: Mean over a sample of the window's answers.
+        count: How many these are.
+        reference: The same of the reference's answers; None where their prompts are not on record.
+        reference_count: How many these are.
+    """
+
+    window: float
+    count: int = Field(ge=1)
+    reference: float | None = None
+    reference_count: int = 0
+
+
 class Attribution(Record):
     """What changed, where, and since when.
 
@@ -144,6 +160,7 @@ class DriftReport(Record):
         previous: The report before this one against the same reference.
         alarms: What is alarming after this check: names of `evidence`.
         kind: What the alarm is about; None without one, or where it cannot be told.
+        answer_logprob: None unless `monitor.logprob_answers` asks for it.
     """
 
     id: str
@@ -171,6 +188,7 @@ class DriftReport(Record):
     alarms: tuple[str, ...] = ()
     kind: DriftKind | None = None
     attribution: Attribution | None = None
+    answer_logprob: AnswerLogprob | None = None
     report_path: str | None = None
     run_id: str | None = None
 
