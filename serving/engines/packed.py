@@ -2,7 +2,8 @@
 
 torch lays bf16 weights out anew at each product on a CPU. Products of up to 32 rows took 0.5 to 0.85 of the
 time afterwards, and gave the same bits (torch 2.13 on a processor with AMX; `benchmarks/serving.py`). Layers
-that read the same are one product.
+that read the same are one product. The layout serves a loop of our own too, for one thread and few rows
+(`serving.engines.tiles`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from serving.engines.compiled import kernels
+
 #: Rows of a product that the layout is chosen for.
 _ROWS = 32
+#: How far the loop may be from torch on a trial, as a share of the largest number: of rounding.
+_APART = 0.02
 #: Layers of one parent that read the same, by their names in transformers' models.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -25,9 +30,10 @@ class _Product:
     Args:
         layers: Of the same inputs.
         shared: Whether their weights are another layer's too, which then go on to be held as they were.
+        tiles: `serving.engines.tiles`, if its loop may be taken.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], *, shared: bool) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], *, shared: bool, tiles: Any = None) -> None:
         weights = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weights.detach(), _ROWS)
         self._plain = weights if shared else None
@@ -37,6 +43,27 @@ class _Product:
         #: What was read last, and what came of it that nobody has asked for yet.
         self._read: torch.Tensor | None = None
         self._left: list[torch.Tensor | None] = []
+        self._at = torch.ops.mkldnn.data_ptr(self._packed) if tiles is not None else 0
+        self._in_fp32 = None if self._bias is None else self._bias.float()
+        self._loop: Any = None
+        self._most = 0
+        if tiles is not None and self._fits(tiles.BLOCK, weights):
+            self._loop, self._most = tiles.product(), tiles.MOST_ROWS
+            if not self._is_right(weights):
+                self._loop, self._most = None, 0
+
+    def _fits(self, block: int, weights: torch.Tensor) -> bool:
+        """Whether the layout can be the loop's: of whole blocks, and nothing beside them."""
+        whole = all(size % block == 0 for size in weights.shape)
+        return whole and torch.ops.mkldnn._nbytes(self._packed) == weights.numel() * weights.element_size()
+
+    def _is_right(self, weights: torch.Tensor) -> bool:
+        """Whether the loop gives what oneDNN does: what the layout is, oneDNN does not say."""
+        some = torch.randn(self._most, 1, weights.shape[1], generator=torch.Generator().manual_seed(1))
+        wanted, found = (
+            multiply(some.to(weights.dtype)).float() for multiply in (self._by_torch, self._by_loop)
+        )
+        return bool((found - wanted).abs().max() <= _APART * wanted.abs().max())
 
     def weight(self, part: int) -> torch.Tensor:
         """One layer's weights as they were; unpacked anew each time where nobody else holds them."""
@@ -57,6 +84,20 @@ class _Product:
         return found
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        few = len(x) <= self._most and x.dim() == 3 and x.shape[1] == 1
+        if few and x.stride(2) == 1 and x.dtype is torch.bfloat16 and torch.get_num_threads() == 1:
+            return self._by_loop(x)
+        return self._by_torch(x)
+
+    def _by_loop(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(len(x), 1, sum(self._sizes), dtype=x.dtype)
+        self._loop(
+            x.data_ptr(), self._at, 0 if self._in_fp32 is None else self._in_fp32.data_ptr(), out.data_ptr(),
+            (len(x), x.shape[2], out.shape[2], x.stride(0)),
+        )  # fmt: skip
+        return out
+
+    def _by_torch(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")  # type: ignore[no-any-return]
 
 
@@ -110,17 +151,26 @@ def pack(base: nn.Module) -> int:
         for parameter in module.parameters(recurse=False):
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     alone = {name for name, layer in layers.items() if holders[id(layer.weight)] == 1}
-    left = dict(layers)
+    left, tiles = dict(layers), _tiles(base)
     for name in layers:
         if name not in left:
             continue
         names = _reading_the_same(name, {n: layers[n] for n in alone if n in left})
         some = [left.pop(n) for n in names]
-        product = _Product(some, shared=name not in alone)
+        product = _Product(some, shared=name not in alone, tiles=tiles)
         for part, (own, layer) in enumerate(zip(names, some, strict=True)):
             parent, _, last = own.rpartition(".")
             setattr(base.get_submodule(parent), last, PackedLinear(layer, product, part))
     return len(layers)
+
+
+def _tiles(base: Any) -> Any:
+    """The module of the loop over matrix tiles, if this processor has them and numba is there."""
+    if kernels(base) is None or not torch.cpu._is_amx_tile_supported() or not torch.cpu._init_amx():
+        return None
+    from serving.engines import tiles
+
+    return tiles
 
 
 def _reading_the_same(name: str, layers: dict[str, nn.Linear]) -> list[str]:
