@@ -1,8 +1,8 @@
 """How soon a collapse of quality is found, for `drift.py`: answers of Bitext's customer support, made worse.
 
-A reference of ordinary exchanges, then windows of 100. In `truncated`, `looping` and `refusing` streams a
-share of the answers goes wrong from the first window on; streams of 30 windows without any tell the false
-alarms of all signals together. Evidence is counted as a check counts it.
+A reference of ordinary exchanges, then windows of 100. In a `truncated`, `looping` or `refusing` window a
+share of the answers goes wrong; it is the first window, so that no evidence helps it. Streams of 30 windows
+without any tell the false alarms of all signals together. Evidence is counted as a check counts it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from regraft.records import CapturedExchange, Evidence, Message
 
 KINDS = ("truncated", "looping", "refusing")
 SHARES = (0.2, 0.4)
-REFERENCE, WINDOW, CHECKS, MOST = 300, 100, 30, 6
+SETTINGS = (("none", 0.0), *((kind, share) for kind in KINDS for share in SHARES))
+#: As many sessions as are frozen by default, and as few as a small evaluation set has.
+REFERENCES = (1500, 300)
+WINDOW, CHECKS = 100, 30
 ARL = 1000.0
 _REFUSAL = "I'm sorry, but I cannot help with that."
 
 
-def collapse(data: Path, seed: int, kind: str, share: float) -> dict[str, Any]:
+def collapse(data: Path, seed: int, kind: str, share: float, reference: int) -> dict[str, Any]:
     """One stream: in which window a signal alarms; None if none does. Without a share it is ordinary."""
     draw = random.Random(f"quality {kind} {share} {seed}")
+    about = {"job": "quality", "kind": kind, "share": share, "reference": reference}
     wrong = round(WINDOW * share)
     pairs = [pair for some in exchanges(data).values() for pair in some]
-    baseline = baseline_of([_exchange(f"r{i}", *draw.choice(pairs), draw) for i in range(REFERENCE)])
+    baseline = baseline_of([_exchange(f"r{i}", *draw.choice(pairs), draw) for i in range(reference)])
     evidence: dict[str, Evidence] = {}
-    for check in range(MOST if wrong else CHECKS):
+    for check in range(1 if wrong else CHECKS):
         window = [_exchange(f"{check}.{i}", *draw.choice(pairs), draw) for i in range(WINDOW)]
         window[:wrong] = [_worse(exchange, kind) for exchange in window[:wrong]]
         signals = quality_signals(window, baseline, QualitySection())
@@ -48,18 +52,23 @@ def collapse(data: Path, seed: int, kind: str, share: float) -> dict[str, Any]:
             )
         worse = {signal.name for signal in signals if signal.worse}
         if any(e.alarmed_by is not None and name in worse for name, e in evidence.items()):
-            return {"job": "quality", "kind": kind, "share": share, "window": check + 1}
-    return {"job": "quality", "kind": kind, "share": share, "window": None}
+            return about | {"window": check + 1}
+    return about | {"window": None}
 
 
 def tabled(found: list[dict[str, Any]]) -> dict[str, float | None]:
-    """How many streams of each kind and share."""
-    ordinary = [f["window"] is not None for f in found if not f["share"]]
-    made: dict[str, float | None] = {"quality_false_alarm_rate_30_checks": _share(ordinary)}
-    for share in SHARES:
-        for kind in KINDS:
-            first = [f["window"] == 1 for f in found if (f["kind"], f["share"]) == (kind, share)]
-            made[f"quality_{kind}_{share:.0%}_found_in_one_window".replace("%", "pct")] = _share(first)
+    """How many streams of each kind and share, by the size of the reference."""
+    made: dict[str, float | None] = {}
+    for reference in REFERENCES:
+        prefix = "quality" if reference == REFERENCES[0] else f"quality_reference_{reference}"
+        for kind, share in SETTINGS:
+            asked = (kind, share, reference)
+            windows = [f["window"] for f in found if (f["kind"], f["share"], f["reference"]) == asked]
+            if kind == "none":
+                made[f"{prefix}_false_alarm_rate_30_checks"] = _share([w is not None for w in windows])
+            else:
+                name = f"{prefix}_{kind}_{share:.0%}_found_in_one_window".replace("%", "pct")
+                made[name] = _share([w is not None for w in windows])
     return made
 
 

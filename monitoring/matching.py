@@ -19,7 +19,7 @@ from pydantic import Field
 
 from monitoring.descriptors import describe_more
 from monitoring.detectors import permutation as perm
-from monitoring.detectors.calibrated import Calibrated, statistics
+from monitoring.detectors.calibrated import Calibrated, Compared
 from monitoring.detectors.embedded import fresh
 from monitoring.detectors.frozen import in_order, split
 from monitoring.windows import Row, session_of
@@ -122,8 +122,8 @@ def matched_test(
     labels = _swaps(_together(before, after), detector.permutations, detector.seed)
     texts = [row.output for row in (*before, *after)]
     features = frozen.features(detector.embed(texts))
-    groups = statistics(features, describe_more(texts), frozen, labels).groups
-    joint, adjusted = perm.min_p(groups)
+    groups = Compared(features, describe_more(texts), frozen).under(labels).groups
+    joint, adjusted = perm.joint_p(groups)
     return MatchedTest.model_validate(base | {"p_value": joint, "groups": adjusted})
 
 

@@ -10,8 +10,8 @@ against one frozen reference share its rows, which makes this nearly but not qui
 ten windows' size keeps it close.
 
 Sources: e-detectors: Shin, Ramdas and Rinaldo (arXiv:2203.03532), after Shiryaev and Roberts; calibrators
-from p to e: Vovk and Wang (2021), here the mean of `k p^(k-1)` at k = 1/10, 1/4 and 1/2; where a change began:
-Page's cumulative sum (1954), whose last zero is the likeliest place.
+from p to e: Vovk and Wang (2021), here the mean of `k p^(k-1)` at k = 1/10, 1/4 and 1/2; where a change
+began: Page's cumulative sum (1954), whose last zero is the likeliest place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DRIFT, PROMPTS = "drift", "prompts"
 #: Evidence beyond this tells nothing more, and must stay a finite number.
 _MOST = 1e12
 #: Exponents of the calibrator. The smallest weighs very small p-values (1e-5 makes 1,575, where 1/4 and 1/2
-#: alone make 782), the largest ordinary strange ones: a slow change shows in many p-values of a few hundredths.
+#: alone make 782), the largest ordinary ones: a slow change shows in many p-values of a few hundredths.
 _EXPONENTS = (0.1, 0.25, 0.5)
 
 

@@ -70,7 +70,8 @@ class DomainClassifier(Embedded):
         places = self.embed([self.text(row) for row in (*fitted, *held_out)]).astype(np.float64)
         of_window = np.arange(len(fitted)) >= len(before_half.fitted)
         scores = _scores(places[: len(fitted)], of_window, places[len(fitted) :], self.penalty)
-        areas = areas_under_curve(scores, self._labels(before_half.held_out, now_half.held_out))
+        parts = self._labels(before_half.held_out, now_half.held_out, self.permutations)
+        areas = np.concatenate([areas_under_curve(scores, labels) for labels in parts])
         area, p_value = float(areas[0]), float(perm.p_values(areas)[0])
         effect = max(0.0, 2 * (area - 0.5))
         told = f"AUC {area:.3f} on {len(held_out)} held-out exchanges"

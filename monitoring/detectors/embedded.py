@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -58,12 +58,12 @@ class Embedded(Detector):
         if lacking := self.lacking(reference, window):
             raise DataError(f"too little to compare: {lacking}", "wait for more exchanges, or ask for fewer")
 
-    def _labels(self, before: Sequence[Row], now: Sequence[Row]) -> perm.Labels:
-        """Labellings of the reference's rows and then the window's, whole sessions at a time."""
+    def _labels(self, before: Sequence[Row], now: Sequence[Row], permutations: int) -> Iterator[perm.Labels]:
+        """Labellings of the reference's rows and then the window's, whole sessions at a time, in parts."""
         taken = [False] * len(before) + [True] * len(now)
         # A row of the window without a session may have the id of one of the reference's: another row.
         units = [f"{side:d}{session_of(row)}" for row, side in zip((*before, *now), taken, strict=True)]
-        return perm.session_labellings(units, taken, self.permutations, self.seed)
+        return perm.in_parts(units, taken, permutations, self.seed)
 
     def _most_novel(self, rows: Sequence[Row], scores: perm.Floats) -> tuple[NovelExchange, ...]:
         order = np.argsort(-scores, kind="stable")[: self.examples]

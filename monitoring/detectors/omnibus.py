@@ -25,7 +25,7 @@ _WORDS = {
 
 
 class Omnibus(Detector):
-    """Permutation min-p over groups of statistics: novelty, topics of prompts and of answers, form.
+    """A permutation test over groups of statistics: novelty, topics of prompts and of answers, form.
 
     The effect is the larger of two shares of the window's exchanges, each minus what chance alone gives
     (the median over the permutations): answers beyond the reference's own 95th percentile of novelty, and
@@ -63,12 +63,12 @@ class Omnibus(Detector):
         form_statistics = [perm.kolmogorov_smirnov(form[c].to_numpy(dtype=np.float64), labels) for c in form]
         groups = {
             "novelty": np.stack([perm.mean_difference(values, labels) for values in score.values()]),
-            "prompt topics": perm.kernel_discrepancy(prompts, labels)[None],
-            "answer topics": perm.kernel_discrepancy(answers, labels)[None],
+            "prompt topics": perm.kernel_discrepancy(_kernel(prompts), labels)[None],
+            "answer topics": perm.kernel_discrepancy(_kernel(answers), labels)[None],
         }
         if form_statistics:
             groups["form"] = np.stack(form_statistics)
-        joint, adjusted = perm.min_p(groups)
+        joint, adjusted = perm.joint_p(groups)
         effects = {
             "prompts": _above_chance(perm.excess(score["prompts"], labels)),
             "answers": _above_chance(_beyond(score["answers"], labels, self.tail)),
@@ -111,6 +111,10 @@ class Omnibus(Detector):
     def _most_novel(self, window: Sequence[Row], scores: Floats) -> tuple[NovelExchange, ...]:
         order = np.argsort(-scores, kind="stable")[: self.examples]
         return tuple(NovelExchange(row=window[i], score=float(scores[i])) for i in order)
+
+
+def _kernel(similarity: Floats) -> Floats:
+    return perm.gaussian(perm.squared_distances(similarity))
 
 
 def _beyond(scores: Floats, labels: perm.Labels, tail: float) -> Floats:

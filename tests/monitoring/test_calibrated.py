@@ -41,7 +41,7 @@ def test_new_topics_are_found_by_their_meaning():
     assert found.p_value < 0.02
     assert found.effect > 0.1
     assert {t.name: t.p_value for t in found.tests}["novelty"] < 0.02
-    assert found.drivers[0].startswith(("answers are unlike", "the answers are spread"))
+    assert found.drivers[0].startswith(("answers are unlike", "answers unlike", "the answers are spread"))
     assert sum(n.row.id.startswith("n") for n in found.novel) >= 6
     assert detector.detect(reference, ordinary).p_value > 0.05
 
@@ -67,6 +67,23 @@ def test_a_change_of_form_is_found_and_counts_where_the_gate_says_so():
     loud = [r.model_copy(update={"output": r.output.upper() + "!?!?!?"}) for r in rows(ORDINARY, 60, 2)]
     assert DETECTOR.detect(reference, loud).effect < 0.1, "the words are known ones"
     assert DETECTOR.model_copy(update={"gate": "any"}).detect(reference, loud).effect > 0.5
+
+
+def test_a_closer_look_tells_how_small_a_p_value_is():
+    closer = DETECTOR.model_copy(update={"most_permutations": 4999})
+    reference, ordinary, new = rows(ORDINARY, 120, 1), rows(ORDINARY, 40, 2, "o"), rows(NEW, 40, 3, "n")
+    assert 1e-3 <= DETECTOR.detect(reference, new).p_value <= 2e-3
+    assert 2e-4 <= closer.detect(reference, new).p_value < 1e-3
+    assert closer.detect(reference, ordinary) == DETECTOR.detect(reference, ordinary), "nothing to look at"
+
+
+def test_a_new_topic_in_few_rows_keeps_company():
+    reference = rows(ORDINARY, 300, 1)
+    window = [*rows(ORDINARY, 92, 2, "o"), *rows(NEW, 8, 3, "n")]
+    tests = {t.name: t.p_value for t in DETECTOR.detect(reference, window).tests}
+    assert tests["company"] <= 0.02
+    ordinary = {t.name: t.p_value for t in DETECTOR.detect(reference, rows(ORDINARY, 100, 4, "p")).tests}
+    assert ordinary["company"] > 0.05
 
 
 def test_too_few_sessions_are_insufficient_never_stable():
@@ -156,6 +173,29 @@ def test_topic_statistics_agree_with_their_definitions():
     np.testing.assert_allclose(
         perm.rate_differences(flag[:, None], labels)[0], perm.kolmogorov_smirnov(flag, labels), atol=1e-12
     )
+
+
+def test_company_counts_neighbours_on_the_same_side():
+    generator = np.random.default_rng(0)
+    places, labels = generator.normal(size=(30, 3)), perm.labellings(20, 10, 5, 0)
+    squared = perm.squared_distances(places @ places.T)
+    near, weights = perm.neighbours(squared, 4), np.maximum(generator.normal(size=30), 0)
+    assert (near.sum(axis=1) == 4).all()
+    assert not near.diagonal().any()
+    column = labels[:, 3]
+    expected = sum(weights[i] * (near[i] & column).sum() for i in range(30) if column[i]) / 100
+    assert perm.company(weights, near, labels)[3] == pytest.approx(expected)
+    # Of equal texts none comes before the other, or the order of rows would tell the sides apart.
+    assert perm.neighbours(np.zeros((6, 6)), 2).sum() == 30
+
+
+def test_a_distribution_of_many_values_is_looked_at_by_quantiles():
+    from scipy.stats import ks_2samp
+
+    values, labels = np.random.default_rng(0).normal(size=300), perm.labellings(200, 100, 4, 0)
+    for column in range(5):
+        exact = ks_2samp(values[labels[:, column]], values[~labels[:, column]]).statistic
+        assert exact - 0.03 <= perm.kolmogorov_smirnov(values, labels)[column] <= exact + 1e-9
 
 
 @pytest.mark.parametrize("wrong", [{"permutations": 998}, {"tail": 1.0}, {"gate": "form"}, {"min_window": 0}])

@@ -31,5 +31,5 @@ class Words(Calibrated):
         return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6)
 
 
-#: Takes the few rows of these tests.
-SMALL = {"min_reference": 30, "min_window": 20, "dimensions": 24, "topics": 8}
+#: Takes the few rows of these tests, and looks once.
+SMALL = {"min_reference": 30, "min_window": 20, "dimensions": 24, "topics": 8, "most_permutations": 999}
