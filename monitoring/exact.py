@@ -6,10 +6,10 @@ adds that up. So each p-value here also holds given the reference, against a bou
 true value may be: for 95 of 100 references (`CONFIDENCE`) all checks to come are valid, however many there
 are. The larger of that and of the test that is exact over both samples is given.
 
-The other five lie little beyond their bound. Simulated for rates of 1 to 30 %, references of 100 to 1,500 and
-windows of 100 at an average run length of 1,000: at most 0.8 % of streams alarmed in 30 checks, where 3 %
-may, and 3 % in 1,000 checks. A confidence of 0.99 made that a tenth and a fifth, and found 20 % of answers cut
-off, where 3 % of 300 were, in 78 of 100 first windows in place of 92; below 0.95 Fisher's test bounds it (94).
+The other five lie little beyond their bound. Simulated for rates of 1 to 30 %, references of 100 to 1,500
+and windows of 100 at an average run length of 1,000: at most 0.8 % of streams alarmed in 30 checks, where 3 %
+may, and 3 % in 1,000 checks. A confidence of 0.99 left a quarter of these, and found 20 % of answers cut off,
+where 3 % of 300 were, in 78 of 100 first windows in place of 92; below 0.95 Fisher's test bounds it (94).
 
 Observations are taken to be independent: callers give one of each session.
 """
