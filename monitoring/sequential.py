@@ -79,4 +79,4 @@ def e_value(p_value: float) -> float:
         raise ValueError(
             f"p_value must be in (0, 1], not {p_value}: permutation tests count the real labelling"
         )
-    return sum(k * p_value ** (k - 1) for k in _EXPONENTS) / len(_EXPONENTS)
+    return float(sum(k * p_value ** (k - 1) for k in _EXPONENTS) / len(_EXPONENTS))
