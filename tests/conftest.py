@@ -117,9 +117,9 @@ def browser() -> Iterator[Browser]:
         opened.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real MLflow server."""
+    """A real MLflow server; experiments and models of different tests have different names."""
     from regraft.tracking.server import start_server, stop_server
 
     server = start_server(tmp_path_factory.mktemp("mlflow"), "127.0.0.1", 0)

@@ -13,20 +13,18 @@ import pytest
 from regraft.errors import ModelError
 from regraft.models import load_tokenizer, prompt_ids, resolve
 from regraft.records import Message
-from regraft.tracking.server import start_server, stop_server
 
 COMMIT = "c0ffee" + "0" * 34
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory, tiny_model):
+def registry(mlflow_url, tiny_model):
     """A registry whose model `base` is the tiny one as people log it, `parts` as plain files."""
     import mlflow
     from transformers import AutoModelForCausalLM
 
-    server = start_server(tmp_path_factory.mktemp("mlflow"), "127.0.0.1", 0)
     try:
-        mlflow.set_tracking_uri(server.url)
+        mlflow.set_tracking_uri(mlflow_url)
         with mlflow.start_run():
             mlflow.transformers.log_model(
                 {
@@ -39,10 +37,9 @@ def registry(tmp_path_factory, tiny_model):
                 pip_requirements=["transformers"],
             )
         mlflow.MlflowClient().set_registered_model_alias("base", "stable", "1")
-        yield server.url
+        yield mlflow_url
     finally:
         mlflow.set_tracking_uri(None)
-        stop_server(server.pid)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from regraft.records import (
     TrialResult,
 )
 from regraft.tracking.runs import Tracker
-from regraft.tracking.server import start_server, stop_server
 from regraft.tracking.view import PRICES
 
 TRIALS = {
@@ -27,12 +26,8 @@ TRIALS = {
 
 
 @pytest.fixture
-def url(tmp_path):
-    server = start_server(tmp_path / "mlflow", "127.0.0.1", 0)
-    try:
-        yield log_sweep(Tracker(server.url, "utility-support"))
-    finally:
-        stop_server(server.pid)
+def url(mlflow_url):
+    return log_sweep(Tracker(mlflow_url, "leaderboard"))
 
 
 def log_sweep(tracker: Tracker) -> str:

@@ -80,11 +80,10 @@ def variant(tiny_experiment: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture(scope="module")
-def two_nodes() -> Iterator[Any]:
+@pytest.fixture(scope="session")
+def cluster_of_two() -> Iterator[Any]:
     """A cluster of two nodes of one core; a node that is gone is noticed soon."""
     set_environment()
-    import ray
     from ray.cluster_utils import Cluster
 
     quick = {
@@ -104,7 +103,17 @@ def two_nodes() -> Iterator[Any]:
         },
     )
     cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
-    ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def two_nodes(cluster_of_two: Any) -> Iterator[Any]:
+    """The cluster, joined, with both of its nodes, whatever became of them in other tests."""
+    import ray
+
+    ray.init(address=cluster_of_two.address, log_to_driver=False, logging_level="ERROR")
+    if sum(node["Alive"] for node in ray.nodes()) < 2:
+        cluster_of_two.add_node(num_cpus=1)
+    yield cluster_of_two
+    ray.shutdown()
