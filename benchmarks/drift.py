@@ -20,6 +20,7 @@ object at the end:
 - `quality_..._found_in_one_window`: a fifth, or two fifths, of the answers go wrong, held against 1,500
   exchanges, as many as are frozen by default, or 300 (`drift_quality.py`).
 - `report_100k_vs_evidently`: what a report over 100,000 exchanges costs (`drift_report.py`).
+- `seconds`, and `cpu_seconds` of all processes together, which two cores of their own would do in half.
 
 And, unless quick, how often an alarm is explained rightly (`drift_kinds.py`).
 
@@ -35,6 +36,7 @@ import json
 import math
 import os
 import random
+import resource
 import statistics
 import sys
 import tempfile
@@ -136,9 +138,12 @@ def main() -> None:
             found.append(result)
             say(json.dumps({k: v for k, v in result.items() if k != "p_values"}))
     report = drift_report.report_100k(settings.data, settings.quick)
-    sys.stdout.write(
-        json.dumps(figures(found) | report | {"seconds": round(time.monotonic() - began)}) + "\n"
-    )
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    spent = {
+        "seconds": round(time.monotonic() - began),
+        "cpu_seconds": round(sum(u.ru_utime + u.ru_stime for u in used)),
+    }
+    sys.stdout.write(json.dumps(figures(found) | report | spent) + "\n")
 
 
 def call(job: Callable[[], Found]) -> Found:
