@@ -15,7 +15,8 @@ import yaml
 
 from regraft.processes import free_port
 
-pytestmark = pytest.mark.e2e
+# The first test waits for the whole loop.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1000)]
 
 ROOT = Path(__file__).parents[2]
 REGRAFT = [sys.executable, "-m", "jobs.cli"]
