@@ -195,9 +195,10 @@ def carry_out(
         return None
     if decision.action == "roll_back":
         return _go_back(experiment, decision, connection, ledger, say)
-    needed = fresh_needed(experiment.retrain, len(ledger.tried(decision.model, decision.model_version)))
-    # Twice: a reviewer drops some of what is collected, and a bound below what is needed would never end.
-    most = max(experiment.retrain.collect, 2 * needed)
+    retrain = experiment.retrain
+    needed = fresh_needed(retrain, len(ledger.tried(decision.model, decision.model_version)))
+    # Twice what is needed more: a reviewer drops some of it, and a bound below that would never be met.
+    most = retrain.collect + 2 * (needed - retrain.min_fresh)
     detail = put_before_reviewer(experiment, decision, connection.workspace, drifted, most)
     say(detail)
     return ledger.note_outcome(

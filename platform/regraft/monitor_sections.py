@@ -153,8 +153,8 @@ class RetrainSection(Section):
     collect: int = Field(
         50,
         ge=1,
-        description="Most drifted exchanges of an alarm that are put before a reviewer; twice what a "
-        "retraining needs, where that is more.",
+        description="Most drifted exchanges of an alarm that are put before a reviewer; more "
+        "where `again_fresh` asks for more.",
     )
     confirmations: int = Field(
         0, ge=0, description="Further windows that have to look changed after an alarm before money is spent."

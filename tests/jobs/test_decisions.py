@@ -397,10 +397,14 @@ def test_what_is_collected_waits_for_a_person_and_is_never_overwritten(case: Cas
     assert "nothing new" in collect("r3", exchange(5)).detail
     assert reviewed(case.experiment) == read_chats(file)
     assert sorted(p.name for p in folder.glob("*.jsonl")) == ["a1-2.jsonl", "a1.jsonl"]
-    # Where a retraining needs more than that, there is room for it, and for what is dropped.
-    case.change(min_fresh=2)
+    # After a rejected retraining the next one needs more, and there is room for it.
+    tried = case.ledger.note(case.decided(alarm_id="a0"))
+    case.ledger.note_seen(tried.id, ["a", "b", "c", "d"])
+    case.ledger.note_outcome(
+        DecisionOutcome(decision_id=tried.id, status="rejected", detail="no better", ended=NOW.isoformat())
+    )
     collect("r4", *(exchange(i) for i in range(10, 15)))
-    assert [e.id for e in read_chats(folder / "a1-3.jsonl")] == ["e10"]
+    assert [e.id for e in read_chats(folder / "a1-3.jsonl")] == ["e10", "e11"]
 
 
 def test_an_empty_answer_cannot_be_trained_on_before_somebody_writes_one(case: Case) -> None:

@@ -16,8 +16,10 @@ import yaml
 import jobs.check_drift
 from jobs.check_drift import Watched, watch
 from jobs.references import captured, freeze_evaluation, reference_of
+from jobs.scene import Scene
 from jobs.workspace import Connection
 from regraft.config import Experiment
+from regraft.data.captures import CaptureStore
 from regraft.data.chats import read_chats
 from regraft.methods import parse_method
 from regraft.models import resolve
@@ -201,6 +203,26 @@ def test_a_storm_is_suspected_then_an_alarm_and_goes_to_a_reviewer(house) -> Non
     page = second.html.read_text()
     assert "new content" in page
     assert here.ledger.outcome(second.decision.id) is not None
+
+
+def test_the_first_exchanges_are_found_without_listing_the_others(house, monkeypatch) -> None:
+    here = house()
+    for day in (0, 1):
+        here.day(day, KNOWN)
+    listed: list[int] = []
+    times = CaptureStore.times
+
+    def counted(self: CaptureStore, **given: Any) -> Any:
+        found = times(self, **given)
+        listed.append(len(found))
+        return found
+
+    monkeypatch.setattr(CaptureStore, "times", counted)
+    scene = Scene.of(here.path, here.experiment, here.connection, BEGIN + 2 * DAY, lambda line: None)
+    found = scene.first(lambda found: len(found) >= 30)
+    assert listed == [1]
+    assert [e.id for e in found] == [f"day0-{i}" for i in range(len(found))]
+    assert 30 <= len(found) < 120
 
 
 def test_like_prompts_answered_otherwise_call_a_person_and_never_train(house) -> None:
