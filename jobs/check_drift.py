@@ -18,9 +18,10 @@ from typing import NamedTuple
 from jobs.console import Say, console, say, show_details, show_drift
 from jobs.decisions import carry_out, facts_of, reconcile
 from jobs.references import freeze_traffic
-from jobs.scene import FAULTS, Scene
+from jobs.scene import Scene
 from jobs.telling import Teller
 from jobs.workspace import Connection, Workspace
+from monitoring.carrying import FAULTS
 from monitoring.check import Checked
 from monitoring.policy import decide
 from monitoring.schedule import close_windows, due, settling

@@ -12,6 +12,7 @@ from jobs.likelihood import answer_logprobs
 from jobs.quality import judge_scores, late_scores
 from jobs.references import captured, feedback_of, reference_of
 from jobs.workspace import Connection
+from monitoring.carrying import carried
 from monitoring.check import Checked, check_window, detector_of
 from monitoring.detectors import Calibrated
 from monitoring.quality import quality_signals
@@ -20,14 +21,10 @@ from monitoring.sequential import DRIFT, PROMPTS
 from monitoring.windows import Reference, rows_of
 from regraft.config import Experiment
 from regraft.errors import DataError, ModelError, RegraftError
-from regraft.records import CapturedExchange, DriftReport, Evidence, Feedback, ModelVersion
+from regraft.records import CapturedExchange, DriftReport, Feedback, ModelVersion
 from regraft.times import utc
 from regraft.tracking.ledger import Ledger
 
-#: Kinds of alarms that a fault of model or service raises.
-FAULTS = ("behaviour", "quality")
-#: Kinds that are over with the first window that shows none of it: nobody works at them for later.
-_PASSING = (*FAULTS, "prompt_mix")
 #: One interval for all time: of it the first session is kept, and no other.
 _EVER = timedelta(days=365_000)
 
@@ -104,32 +101,17 @@ class Scene(NamedTuple):
         return self.ledger.latest(self.champion.name, self.champion.version, self.reference.id)
 
     def carried(self, report: DriftReport) -> DriftReport:
-        """A report without the evidence of alarms that were dealt with, or are over.
-
-        That has to be gathered anew: what a retraining or a rollback did not mend raises another alarm. What
-        no retraining mends is over once a window that could tell shows none of it, any other once all checks
-        together tell nothing of it any more; neither explains what comes later.
-        """
+        """A report with the evidence that later checks add to."""
         raised = {e.alarmed_by for e in report.evidence.values() if e.alarmed_by}
-        decisions = [d for d in self.ledger.decisions(report.model) if d.alarm_id in raised] if raised else []
-        gone = {
+        # The newest decision first: what it says of an alarm's kind counts.
+        found = [d for d in self.ledger.decisions(report.model) if d.alarm_id in raised] if raised else []
+        kinds = {d.alarm_id: d.kind for d in reversed(found) if d.kind is not None}
+        dealt = {
             decision.alarm_id
-            for decision in decisions
+            for decision in found
             if decision.action in {"retrain", "roll_back"} and self.ledger.outcome(decision.id) is not None
         }
-        over: set[str] = set()
-        if report.p_value is not None:
-            alarming = {report.evidence[name].alarmed_by for name in report.alarms}
-            last = {d.alarm_id: d.kind for d in reversed(decisions) if d.kind is not None}
-            over = {alarm for alarm in raised - alarming if last.get(alarm) in _PASSING}
-
-        def left(evidence: Evidence) -> Evidence:
-            if evidence.alarmed_by is not None:
-                return Evidence() if evidence.alarmed_by in gone | over or not evidence.growth else evidence
-            # What did not alarm may have been moved by the same.
-            return Evidence() if over and "" < evidence.since < report.window_start else evidence
-
-        return report.model_copy(update={"evidence": {n: left(e) for n, e in report.evidence.items()}})
+        return report.model_copy(update={"evidence": carried(report, kinds, dealt)})
 
     def check(
         self,

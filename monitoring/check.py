@@ -191,6 +191,7 @@ def check_window(
             "detector": detector.name,
             "tests": _tests(detections),
             "drivers": [driver for found in detections.values() for driver in found.drivers],
+            "p_values": p_values,
             "evidence": evidence,
             "arl": settings.arl,
             "covered": end if p_values else previous.covered if previous else "",

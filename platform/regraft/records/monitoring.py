@@ -155,6 +155,7 @@ class DriftReport(Record):
         exchanges: All that the window had; `rows` of them were compared, one a session and prompt.
         status: `insufficient`: too little to tell; `stable`; `suspected`: this window alone looks changed,
             the checks together do not yet; `drift`: the alarm is raised and the change large enough.
+        p_values: Of this window alone, by the same names as `evidence`.
         evidence: After this check, by name of what was asked: `drift`, and the quality signals.
         covered: Checks with a verdict reach up to here, UTC in ISO 8601: the next window begins there.
         previous: The report before this one against the same reference.
@@ -180,6 +181,7 @@ class DriftReport(Record):
     tests: tuple[TestResult, ...] = ()
     drivers: tuple[str, ...] = ()
     summary: str
+    p_values: dict[str, float] = {}
     evidence: dict[str, Evidence] = {}
     arl: float | None = None
     covered: str = ""
