@@ -57,6 +57,7 @@ class Looped:
         self._adapt, self._scale = loops.adapters(HALF[dtype]), loops.scaled(HALF[dtype])
         self._places = {number: place for place, number in enumerate(self._adapters)}
         self._rows = torch.zeros(0, dtype=torch.long)
+        self._read = torch.empty(0, dtype=dtype)
         some = self._adapters.values()
         names = dict.fromkeys(n for a in some for n in (*a.low_rank, *a.in_scale, *a.out_scale))
         self._layers = {name: self._layer(name) for name in names}
@@ -64,6 +65,32 @@ class Looped:
     def select(self, numbers: Sequence[int]) -> None:
         """Say what the rows are, by the numbers of their adapters."""
         self._rows = torch.tensor([self._places[number] for number in numbers])
+
+    def knows(self, name: str) -> bool:
+        """Whether an adapter changes this layer."""
+        return name in self._layers
+
+    def scales(self, name: str) -> bool:
+        """Whether an adapter changes what this layer reads."""
+        layer = self._layers.get(name)
+        return layer is not None and layer.in_scales is not None
+
+    def adapt(self, name: str, x: int, y: int, sizes: tuple[int, int, int, int, int]) -> None:
+        """Add what adapters do to a layer's outputs at an address; see `kernels.adapters`."""
+        layer = self._layers.get(name)
+        if layer is not None and layer.adds is not None:
+            self._adapt(x, y, layer.adds.data_ptr(), self._rows.data_ptr(), sizes)
+
+    def scaled(self, name: str, x: int, rows: int, inputs: int) -> int:
+        """The address of a layer's inputs as adapters scale them, which the next call may write over."""
+        layer = self._layers.get(name)
+        if layer is None or layer.in_scales is None:
+            return x
+        if self._read.numel() < rows * inputs:
+            self._read = torch.empty(rows * inputs, dtype=self.dtype)
+        to = self._read.data_ptr()
+        self._scale(x, to, layer.in_scales.data_ptr(), self._rows.data_ptr(), (rows, inputs, inputs))
+        return to
 
     def output(self, name: str, inner: Any, x: torch.Tensor) -> torch.Tensor:
         """A layer's output, of shape (rows, 1, outputs), for inputs (rows, 1, inputs)."""

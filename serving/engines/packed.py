@@ -24,7 +24,7 @@ _APART = 0.02
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class _Product:
+class Product:
     """The weights of layers that read the same.
 
     Args:
@@ -39,18 +39,20 @@ class _Product:
         self._plain = weights if shared else None
         some = layers[0].bias is not None
         self._bias = torch.cat([layer.bias for layer in layers]).detach() if some else None
-        self._sizes = [layer.out_features for layer in layers]
+        #: Outputs of each layer.
+        self.sizes = [layer.out_features for layer in layers]
         #: What was read last, and what came of it that nobody has asked for yet.
         self._read: torch.Tensor | None = None
         self._left: list[torch.Tensor | None] = []
         self._at = torch.ops.mkldnn.data_ptr(self._packed) if tiles is not None else 0
         self._in_fp32 = None if self._bias is None else self._bias.float()
         self._loop: Any = None
-        self._most = 0
+        #: Rows that the loop takes at once, at most; 0 without it.
+        self.most = 0
         if tiles is not None and self._fits(tiles.BLOCK, weights):
-            self._loop, self._most = tiles.product(), tiles.MOST_ROWS
+            self._loop, self.most = tiles.product(), tiles.MOST_ROWS
             if not self._is_right(weights):
-                self._loop, self._most = None, 0
+                self._loop, self.most = None, 0
 
     def _fits(self, block: int, weights: torch.Tensor) -> bool:
         """Whether the layout can be the loop's: of whole blocks, and nothing beside them."""
@@ -59,7 +61,7 @@ class _Product:
 
     def _is_right(self, weights: torch.Tensor) -> bool:
         """Whether the loop gives what oneDNN does: what the layout is, oneDNN does not say."""
-        some = torch.randn(self._most, 1, weights.shape[1], generator=torch.Generator().manual_seed(1))
+        some = torch.randn(self.most, 1, weights.shape[1], generator=torch.Generator().manual_seed(1))
         wanted, found = (
             multiply(some.to(weights.dtype)).float() for multiply in (self._by_torch, self._by_loop)
         )
@@ -68,15 +70,15 @@ class _Product:
     def weight(self, part: int) -> torch.Tensor:
         """One layer's weights as they were; unpacked anew each time where nobody else holds them."""
         whole: torch.Tensor = self._packed.to_dense() if self._plain is None else self._plain
-        parts: Sequence[torch.Tensor] = torch.split(whole, self._sizes)
+        parts: Sequence[torch.Tensor] = torch.split(whole, self.sizes)
         return parts[part]
 
     def output(self, part: int, x: torch.Tensor) -> torch.Tensor:
         """One layer's output. Those of the others are kept until they are asked for the same `x`."""
-        if len(self._sizes) == 1:
+        if len(self.sizes) == 1:
             return self._multiply(x)
         if self._read is not x or self._left[part] is None:
-            self._read, self._left = x, list(torch.split(self._multiply(x), self._sizes, dim=-1))
+            self._read, self._left = x, list(torch.split(self._multiply(x), self.sizes, dim=-1))
         found, self._left[part] = self._left[part], None
         if all(other is None for other in self._left):
             self._read = None
@@ -84,18 +86,26 @@ class _Product:
         return found
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        few = len(x) <= self._most and x.dim() == 3 and x.shape[1] == 1
+        few = len(x) <= self.most and x.dim() == 3 and x.shape[1] == 1
         if few and x.stride(2) == 1 and x.dtype is torch.bfloat16 and torch.get_num_threads() == 1:
             return self._by_loop(x)
         return self._by_torch(x)
 
     def _by_loop(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(len(x), 1, sum(self._sizes), dtype=x.dtype)
-        self._loop(
-            x.data_ptr(), self._at, 0 if self._in_fp32 is None else self._in_fp32.data_ptr(), out.data_ptr(),
-            (len(x), x.shape[2], out.shape[2], x.stride(0)),
-        )  # fmt: skip
+        out = torch.empty(len(x), 1, sum(self.sizes), dtype=x.dtype)
+        self.write(x.data_ptr(), out.data_ptr(), (len(x), x.shape[2], out.shape[2], x.stride(0)))
         return out
+
+    def write(self, x: int, out: int, sizes: tuple[int, int, int, int], more: int = 0) -> None:
+        """Write the outputs of all layers for at most `most` rows; see `serving.engines.tiles.product`.
+
+        Args:
+            x: Address of the rows.
+            out: Where to.
+            sizes: Rows, inputs, outputs, and from one row to the next in `x`.
+            more: Address of what is added; 0 for nothing.
+        """
+        self._loop(x, self._at, 0 if self._in_fp32 is None else self._in_fp32.data_ptr(), more, out, sizes)
 
     def _by_torch(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")  # type: ignore[no-any-return]
@@ -110,20 +120,20 @@ class PackedLinear(nn.Module):
         part: Which of the product's layers it is.
     """
 
-    def __init__(self, inner: nn.Linear, product: _Product, part: int) -> None:
+    def __init__(self, inner: nn.Linear, product: Product, part: int) -> None:
         super().__init__()
         self.in_features, self.out_features = inner.in_features, inner.out_features
         self.bias = inner.bias
-        self._product, self._part = product, part
+        self.product, self.part = product, part
 
     @property
     def weight(self) -> Any:
         """As it was, (outputs, inputs)."""
-        return self._product.weight(self._part)
+        return self.product.weight(self.part)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, of shape (…, outputs), for inputs (…, inputs)."""
-        return self._product.output(self._part, x)
+        return self.product.output(self.part, x)
 
 
 def pack(base: nn.Module) -> int:
@@ -157,7 +167,7 @@ def pack(base: nn.Module) -> int:
             continue
         names = _reading_the_same(name, {n: layers[n] for n in alone if n in left})
         some = [left.pop(n) for n in names]
-        product = _Product(some, shared=name not in alone, tiles=tiles)
+        product = Product(some, shared=name not in alone, tiles=tiles)
         for part, (own, layer) in enumerate(zip(names, some, strict=True)):
             parent, _, last = own.rpartition(".")
             setattr(base.get_submodule(parent), last, PackedLinear(layer, product, part))

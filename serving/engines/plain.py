@@ -50,7 +50,9 @@ def replace_plain(base: Any) -> int:
             count += _replace(module, _gated, _gated_trial, base.dtype)
         elif attends and {"q_proj", "k_proj", "v_proj", "o_proj"} <= module._modules.keys():
             kind: Any = type(module)
-            count += _is_llamas(kind) and _replace(module, _attends, _attends_trial, base.dtype)
+            count += is_llamas(kind, "LlamaAttention") and _replace(
+                module, _attends, _attends_trial, base.dtype
+            )
     return count
 
 
@@ -61,16 +63,16 @@ def _replace(
     plain = module.forward
     answer = partial(loop, module, plain)
     try:
-        alike = all(_alike(plain(*given), answer(*given)) for given in trial(module, dtype))
+        same = all(alike(plain(*given), answer(*given)) for given in trial(module, dtype))
     except Exception as error:  # it only bears the names
         _log.debug("%s stays as it is: %s: %s", type(module).__name__, type(error).__name__, error)
         return False
-    if alike:
+    if same:
         module.forward = answer
-    return alike
+    return same
 
 
-def _alike(wanted: Any, found: Any) -> bool:
+def alike(wanted: Any, found: Any) -> bool:
     """Whether two answers are the same but for rounding."""
     wanted, found = (answer[0] if isinstance(answer, tuple) else answer for answer in (wanted, found))
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
@@ -78,7 +80,8 @@ def _alike(wanted: Any, found: Any) -> bool:
     return bool((found - wanted).abs().max() <= _APART[wanted.dtype] * wanted.abs().max())
 
 
-def _random(width: int, dtype: torch.dtype, spread: float = 1.0) -> torch.Tensor:
+def random(width: int, dtype: torch.dtype, spread: float = 1.0) -> torch.Tensor:
+    """What two rows read on trial, of shape (2, 1, width), always the same."""
     some = torch.randn(2, 1, width, generator=torch.Generator().manual_seed(1))
     return some.mul(spread).to(dtype)
 
@@ -98,7 +101,7 @@ def _norm(module: Any, plain: Any, x: torch.Tensor) -> Any:
 
 def _norm_trial(module: Any, dtype: torch.dtype) -> list[Any]:
     width = len(module.weight)
-    return [(_random(width, dtype, s),) for s in _SPREADS]
+    return [(random(width, dtype, s),) for s in _SPREADS]
 
 
 def _gated(module: Any, plain: Any, x: torch.Tensor) -> Any:
@@ -121,7 +124,7 @@ def _step(x: torch.Tensor) -> int:
 
 def _gated_trial(module: Any, dtype: torch.dtype) -> list[Any]:
     width = module.down_proj.out_features
-    return [(_random(width, dtype, s),) for s in _SPREADS[:2]]
+    return [(random(width, dtype, s),) for s in _SPREADS[:2]]
 
 
 def _attends(
@@ -158,12 +161,12 @@ def _attends(
 
 def _attends_trial(module: Any, dtype: torch.dtype) -> list[Any]:
     width = module.o_proj.out_features
-    angles = _random(module.head_dim, torch.float32)
+    angles = random(module.head_dim, torch.float32)
     turns = (angles.cos().to(dtype), angles.sin().to(dtype))
-    return [(_random(width, dtype), turns, None, _Forgets())]
+    return [(random(width, dtype), turns, None, Forgets())]
 
 
-class _Forgets:
+class Forgets:
     """Keys and values of nothing but the present token, and of one that is made up before."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,12 +175,12 @@ class _Forgets:
 
 
 @cache
-def _is_llamas(kind: Any) -> bool:
-    """Whether attention is written as Llama's, but for sliding windows, which masks say too."""
-    from transformers.models.llama.modeling_llama import LlamaAttention
+def is_llamas(kind: Any, name: str) -> bool:
+    """Whether a module is written as one of Llama's, but for sliding windows, which masks say too."""
+    from transformers.models.llama import modeling_llama
 
     try:
-        return _meaning(kind) == _meaning(LlamaAttention)
+        return _meaning(kind) == _meaning(getattr(modeling_llama, name))
     except (OSError, SyntaxError):  # its source is not there
         return False
 

@@ -28,6 +28,7 @@ from serving.engines.base import (
     Stream,
 )
 from serving.engines.compiled import kernels
+from serving.engines.layers import fuse
 from serving.engines.mixed import Mix, alike
 from serving.engines.packed import pack
 from serving.engines.plain import replace_plain
@@ -69,6 +70,7 @@ class SlotsBase:
         replace_plain(base)
         self._loops = kernels(base)
         self.mix = Mix(base)
+        fuse(base, self.mix, limits.max_batch)
         self.encoding = threading.Lock()
         self._changed = threading.Condition()
         self._waiting: deque[_Asked] = deque()

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from serving.engines.instructions import compiled, float32_at, rounded, uint16_at
+from serving.engines.instructions import compiled, float32_at, rounded, uint16_at, widened
 
 #: Rows of a product at most: two tiles of sixteen.
 MOST_ROWS = 32
@@ -62,13 +62,14 @@ def product() -> Any:
     """Rows of bf16 times weights, summed in fp32.
 
     It takes:
-        x, weights, bias, out: Addresses of (rows, inputs) of bf16; of bf16 by blocks, (outputs / 32,
+        x, weights, bias, more, out: Addresses of (rows, inputs) of bf16; of bf16 by blocks, (outputs / 32,
             inputs / 32, 16, 32, 2), of which the last are two inputs of one output; of (outputs) of fp32,
-            or 0; of (rows, outputs) of bf16 without gaps.
+            or 0; of (rows, outputs) of bf16, or 0, which is added to what was rounded, and may be `out`; of
+            (rows, outputs) of bf16. The last two are without gaps.
         sizes: rows, 1 to 32; inputs and outputs, by 32; from one row to the next in x, in numbers.
     """
 
-    def multiply(x, weights, bias, out, sizes):  # noqa: PLR0912
+    def multiply(x, weights, bias, more, out, sizes):  # noqa: PLR0912
         rows, inputs, outputs, x_row = sizes
         upper, lower = min(rows, 16), max(rows - 16, 0)
         shapes = np.zeros(64, np.uint8)  # of tiles, as the processor reads them
@@ -110,14 +111,17 @@ def product() -> Any:
                 _store2(to + 2048, 128)
                 _store3(to + 2112, 128)
             for row in range(rows):
-                made = uint16_at(out + 2 * (row * outputs + 32 * block))
-                if bias == 0:
-                    for i in range(32):
-                        made[i] = rounded(sums[row, i])
+                place = 2 * (row * outputs + BLOCK * block)
+                made, before, steady = uint16_at(out + place), uint16_at(more + place), float32_at(bias)
+                if bias != 0:
+                    for i in range(BLOCK):
+                        sums[row, i] += steady[BLOCK * block + i]
+                if more != 0:
+                    for i in range(BLOCK):
+                        made[i] = rounded(widened(before[i]) + widened(rounded(sums[row, i])))
                 else:
-                    more = float32_at(bias + 128 * block)
-                    for i in range(32):
-                        made[i] = rounded(sums[row, i] + more[i])
+                    for i in range(BLOCK):
+                        made[i] = rounded(sums[row, i])
         _release()
 
-    return compiled("void(int64,int64,int64,int64,UniTuple(int64,4))")(multiply)
+    return compiled("void(int64,int64,int64,int64,int64,UniTuple(int64,4))")(multiply)
