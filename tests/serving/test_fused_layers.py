@@ -19,8 +19,8 @@ pytest.importorskip("serving.engines.kernels", exc_type=ImportError)
 if not torch.cpu._is_amx_tile_supported():
     pytest.skip("this processor has no matrix tiles", allow_module_level=True)
 
-from serving.engines.layers import FusedLayer, fuse  # noqa: E402
-from serving.engines.plain import replace_plain  # noqa: E402
+from serving.engines.layers import FusedLayer, fuse
+from serving.engines.plain import replace_plain
 
 
 @pytest.fixture(autouse=True)
