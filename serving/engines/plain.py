@@ -1,8 +1,8 @@
-"""Modules of a model that compute what a compiled loop computes, which then takes their place in decoding.
+"""Modules of a model that compute what a compiled loop computes, which then takes their place.
 
 A step of a few rows is otherwise a good many small operations: eight for a normalisation, ten for turning
-queries and keys by their positions. A module is replaced where its numbers are the loop's on a trial, and
-only for rows of one token; attention where also its code is Llama's.
+queries and keys by their positions; for prompts they go through memory as often. A module is replaced where
+its numbers are the loop's on a trial; attention where also its code is Llama's.
 """
 
 from __future__ import annotations
@@ -86,9 +86,14 @@ def random(width: int, dtype: torch.dtype, spread: float = 1.0) -> torch.Tensor:
     return some.mul(spread).to(dtype)
 
 
+def _takes(x: torch.Tensor) -> bool:
+    """Whether a loop is quicker: it has one thread, which prompts keep waiting where torch has more."""
+    return x.dtype in HALF and (x.shape[1] == 1 or torch.get_num_threads() == 1)
+
+
 def _norm(module: Any, plain: Any, x: torch.Tensor) -> Any:
     dtype, width = x.dtype, x.shape[-1]
-    if not x.is_contiguous() or module.weight.dtype is not dtype or dtype not in HALF:
+    if not _takes(x) or not x.is_contiguous() or module.weight.dtype is not dtype:
         return plain(x)
     from serving.engines import kernels as loops
 
@@ -105,7 +110,7 @@ def _norm_trial(module: Any, dtype: torch.dtype) -> list[Any]:
 
 
 def _gated(module: Any, plain: Any, x: torch.Tensor) -> Any:
-    if x.dtype not in HALF:
+    if not _takes(x):
         return plain(x)
     from serving.engines import kernels as loops
 
@@ -137,7 +142,7 @@ def _attends(
     **more: Any,
 ) -> Any:
     x, turns = hidden_states, position_embeddings
-    if turns is None or past_key_values is None or x.dtype not in HALF or len(turns[0]) not in (1, len(x)):
+    if turns is None or past_key_values is None or not _takes(x) or len(turns[0]) not in (1, len(x)):
         return plain(
             hidden_states=x, position_embeddings=turns, attention_mask=attention_mask,
             past_key_values=past_key_values, **more,
