@@ -12,7 +12,7 @@ from torch import nn
 
 from serving.engines.adapters import Adapter
 from serving.engines.compiled import kernels
-from serving.engines.looped import MOST_RANKS, Looped, laid_out
+from serving.engines.looped import MOST_OF_PROMPTS, MOST_RANKS, Looped, laid_out
 from serving.engines.tables import LayerTables, RowTables, Tables
 
 #: Sets of adapters whose stacked tensors are kept; a batch of one set is followed by one that is like it.
@@ -46,7 +46,8 @@ class MixedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, of shape (rows, tokens, outputs), for inputs (rows, tokens, inputs)."""
         mix = self._mix
-        if mix.looped is not None and x.shape[1] == 1 and x.dtype is mix.looped.dtype:
+        few = x.shape[1] == 1 or (mix.low and mix.spans_apart and torch.get_num_threads() == 1)
+        if mix.looped is not None and few and x.dtype is mix.looped.dtype:
             return mix.looped.output(self.name, self.inner, x)
         if not mix.changed:
             return self.inner(x)  # type: ignore[no-any-return]
@@ -120,6 +121,8 @@ class Mix:
         self._all_looped: Looped | None = None
         #: Of the present batch: the adapters as compiled loops read them, where those are quicker.
         self.looped: Looped | None = None
+        #: Whether the ranks of all of them are low enough for loops to read prompts.
+        self.low = False
         #: Whether any row's adapter changes a layer.
         self.changed = False
         self._key: tuple[int, ...] = ()
@@ -168,6 +171,7 @@ class Mix:
         if not active:
             self._key, self._tables, self.places = (), None, ()
             return
+        self.low = all(self._adapters[n].rank <= MOST_OF_PROMPTS for n in active)
         if self._all_looped and sum(self._adapters[n].rank for n in numbers) <= MOST_RANKS:
             self.looped = self._all_looped
             self.looped.select(numbers)
