@@ -18,7 +18,7 @@ from serving.engines.compiled import kernels
 from serving.engines.looped import Looped
 from serving.engines.mixed import Mix
 from serving.engines.packed import PackedLinear, Product
-from serving.engines.plain import Forgets, alike, is_llamas, random
+from serving.engines.plain import TRIAL_ROWS, Forgets, alike, is_llamas, random
 
 _log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class FusedLayer:
             or not x.is_contiguous()
             or position_embeddings is None
             or past_key_values is None
-            or not _seen_alike(attention_mask)
+            or not _seen_alike(attention_mask, len(x))
             or (mix.changed and (looped is None or not all(line.understood(looped) for line in self._lines)))
             or torch.get_num_threads() != 1
         ):
@@ -188,6 +188,8 @@ class FusedLayer:
         columns = keys.shape[2]
         if mask is None:
             mask = torch.ones(columns, dtype=torch.bool).expand(rows, 1, 1, columns)
+        if mask.shape[3] != columns:
+            raise ValueError(f"a mask of {mask.shape[3]} columns for keys of {columns}")
         seen = self._at["seen"].data_ptr()
         self._attend(
             at, keys.data_ptr(), values.data_ptr(), seen, mask.data_ptr(),
@@ -220,9 +222,11 @@ def _one(parent: Any, *names: str) -> Product:
     return product
 
 
-def _seen_alike(mask: torch.Tensor | None) -> bool:
-    """Whether the loop can read it: of all heads the same."""
-    return mask is None or (mask.dtype is torch.bool and mask.shape[1] == 1 and mask.stride(3) == 1)
+def _seen_alike(mask: torch.Tensor | None, rows: int) -> bool:
+    """Whether the loop can read it: one of each row, for all heads the same."""
+    return mask is None or (
+        mask.dtype is torch.bool and tuple(mask.shape[:3]) == (rows, 1, 1) and mask.stride(3) == 1
+    )
 
 
 @torch.inference_mode()
@@ -237,9 +241,9 @@ def fuse(base: nn.Module, mix: Mix, rows: int) -> int:
     Returns:
         How many layers were.
     """
-    if kernels(base) is None or not getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+    if kernels(base) is None:
         return 0
-    room, count = Room(rows), 0
+    room, count = Room(max(rows, TRIAL_ROWS)), 0
     for name, module in list(base.named_modules()):
         kind: Any = type(module)
         if module._modules.keys() != _PARTS or not is_llamas(kind, "LlamaDecoderLayer"):

@@ -176,7 +176,8 @@ def pack(base: nn.Module) -> int:
 
 def _tiles(base: Any) -> Any:
     """The module of the loop over matrix tiles, if this processor has them and numba is there."""
-    if kernels(base) is None or not torch.cpu._is_amx_tile_supported() or not torch.cpu._init_amx():
+    there = getattr(torch.cpu, "_is_amx_tile_supported", bool)
+    if kernels(base) is None or not there() or not torch.cpu._init_amx():
         return None
     from serving.engines import tiles
 

@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 #: How far a trial may be from the module, as a share of its largest number: rounding stays below, and another
 #: formula far above.
 _APART = {torch.bfloat16: 0.02, torch.float32: 1e-4}
+#: Rows of a trial.
+TRIAL_ROWS = 2
 #: What modules read on trial: normalisations tell small numbers from what they add to the mean of squares.
 _SPREADS = (3.0, 1.0, 1e-2, 1e-3)
 
@@ -81,8 +83,8 @@ def alike(wanted: Any, found: Any) -> bool:
 
 
 def random(width: int, dtype: torch.dtype, spread: float = 1.0) -> torch.Tensor:
-    """What two rows read on trial, of shape (2, 1, width), always the same."""
-    some = torch.randn(2, 1, width, generator=torch.Generator().manual_seed(1))
+    """What rows read on trial, of shape (`TRIAL_ROWS`, 1, width), always the same."""
+    some = torch.randn(TRIAL_ROWS, 1, width, generator=torch.Generator().manual_seed(1))
     return some.mul(spread).to(dtype)
 
 
