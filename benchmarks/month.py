@@ -7,8 +7,9 @@ day's questions (`month_traffic.py`); the monitor closes the day, decides and ac
 that is followed to its end before the next day, and the champion of the registry answers from then on.
 
 Ordinary days; known topics in other shares; an attack of junk prompts, of which the reviewer lets most
-through, so that a retraining learns junk; a storm of a new topic, which stays; days of slang; and a day on
-which serving spoils answers. `--quick` is thirteen days with one of each but the slang.
+through, so that a retraining learns junk; a storm of a new topic, which stays; a slow change of the shares;
+days of slang; and a day on which serving spoils answers. `--quick` is thirteen days without slang
+and slow change.
 
 An alarm is false if every day that its evidence grew over was ordinary. Delays are in days from the first of
 the scene to the alarm, the same day being 1. `classified` counts what each scene's alarms were taken for,

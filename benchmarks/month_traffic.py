@@ -31,11 +31,13 @@ JUNK = "junk"
 ORDINARY = {"order": 0.35, "refund": 0.25, "account": 0.25, "payment": 0.15}
 MIX = {"order": 0.1, "refund": 0.1, "account": 0.2, "payment": 0.6}
 STORM = {topic: 0.7 * share for topic, share in ORDINARY.items()} | {NEW: 0.3}
+#: Where a slow change leads, a step a day.
+SLOW = {"order": 0.08, "refund": 0.1, "account": 0.1, "payment": 0.42, NEW: 0.3}
 #: What the monitor should make of a day, by its scene; None: no alarm. A storm that was learned is ordinary.
 EXPECTED: dict[str, str | None] = {
     "reference": None, "ordinary": None, "mix": "prompt_mix", "attack": "new_content",
     "storm": "new_content", "after the storm": "new_content, if not learned", "fault": "behaviour or quality",
-    "slang": None,
+    "slow change": "prompt_mix, later", "slang": None,
 }  # fmt: skip
 #: Examples of an intent: to train on, and of each evaluation set.
 TRAINED, EVALUATED, NEW_EVALUATED = 12, 8, 20
@@ -96,9 +98,9 @@ class Texts(NamedTuple):
 def month() -> list[Day]:
     """Thirty days."""
     return days_of(
-        ("reference", 3), ("ordinary", 3), ("mix", 3), ("ordinary", 3), ("attack", 4), ("ordinary", 1),
-        ("storm", 5), ("after the storm", 3), ("slang", 1), ("fault", 1), ("after the storm", 1),
-        ("slang", 1), ("after the storm", 1),
+        ("reference", 3), ("ordinary", 2), ("mix", 2), ("ordinary", 2), ("attack", 4), ("ordinary", 1),
+        ("storm", 5), ("slow change", 5), ("after the storm", 1), ("slang", 1), ("fault", 1),
+        ("after the storm", 1), ("slang", 1), ("after the storm", 1),
     )  # fmt: skip
 
 
@@ -110,16 +112,21 @@ def quick() -> list[Day]:
 
 
 def days_of(*scenes: tuple[str, int]) -> list[Day]:
-    """So many days of each scene. The topic of a storm stays, as new topics do."""
+    """So many days of each scene. The topic of a storm stays, as new topics do, and so does a slow change."""
     found: list[Day] = []
     shares = ORDINARY
     for scene, count in scenes:
         shares = STORM if scene == "storm" else shares
+        of_days = [MIX if scene == "mix" else shares] * count
+        if scene == "slow change":
+            steps = [(i + 1) / count for i in range(count)]
+            of_days = [{t: (1 - way) * shares[t] + way * SLOW[t] for t in shares} for way in steps]
+            shares = SLOW
         found += [
             Day(
                 len(found) + 1 + i,
                 scene,
-                MIX if scene == "mix" else shares,
+                of_days[i],
                 junk=ATTACK * (scene == "attack"),
                 casual=CASUAL * (scene == "slang"),
                 fault=FAULT * (scene == "fault"),
