@@ -53,12 +53,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Connection", "close")
+        self.send_header("Transfer-Encoding", "chunked")  # what is cut short is seen to be
         self.end_headers()
-        self.close_connection = True
         error = {FAILS: "out of luck", ENGINE_DIES: "EngineCore encountered an issue"}.get(told)
         if error:
             self.say({"error": {"message": error, "type": "InternalServerError", "code": 500}})
+            self.wfile.write(b"0\r\n\r\n")
             return
         made = 0
         while told == ON_AND_ON or made < body["max_tokens"]:
@@ -82,10 +82,14 @@ class Handler(BaseHTTPRequestHandler):
             if reason or told == BREAKS_OFF:
                 break
         if told != BREAKS_OFF:
-            self.wfile.write(b"data: [DONE]\n\n")
+            self.chunk(b"data: [DONE]\n\n")
+        self.wfile.write(b"0\r\n\r\n")
 
-    def say(self, chunk: dict) -> None:
-        self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+    def say(self, event: dict) -> None:
+        self.chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+    def chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
         self.wfile.flush()
 
     def answer(self, status: int, body: object) -> None:
