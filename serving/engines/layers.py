@@ -91,6 +91,7 @@ class FusedLayer:
 
     def __init__(self, name: str, module: Any, mix: Mix, room: Room) -> None:
         from serving.engines import kernels as loops
+        from serving.engines import rowwise
 
         attention, mlp = module.self_attn, module.mlp
         self._plain, self._mix = module.forward, mix
@@ -115,8 +116,8 @@ class FusedLayer:
         q, k, v = reads.sizes
         self._heads, self._own_heads = q // self.width, k // self.width
         self._at = {n: room.of(n, w) for n, w in (("normed", hidden), ("seen", q), ("opened", self._inner))}
-        self._norm, self._gate, self._turn = loops.norm(True), loops.gated(True), loops.turned(True)
-        self._add = loops.added()
+        self._norm, self._gate, self._turn = rowwise.norm(True), rowwise.gated(True), rowwise.turned(True)
+        self._add = rowwise.added()
         self._attend = loops.attention(self.width, v // k * self.width, q // k, True)
         self._norms = [
             (norm.weight, float(getattr(norm, "variance_epsilon", None) or norm.eps))

@@ -97,12 +97,12 @@ def _norm(module: Any, plain: Any, x: torch.Tensor) -> Any:
     dtype, width = x.dtype, x.shape[-1]
     if not _takes(x) or not x.is_contiguous() or module.weight.dtype is not dtype:
         return plain(x)
-    from serving.engines import kernels as loops
+    from serving.engines import rowwise
 
     out = torch.empty_like(x)
     sizes = (x.numel() // width, width)
     epsilon = getattr(module, "variance_epsilon", None) or module.eps
-    loops.norm(HALF[dtype])(x.data_ptr(), module.weight.data_ptr(), out.data_ptr(), sizes, epsilon)
+    rowwise.norm(HALF[dtype])(x.data_ptr(), module.weight.data_ptr(), out.data_ptr(), sizes, epsilon)
     return out
 
 
@@ -114,13 +114,13 @@ def _norm_trial(module: Any, dtype: torch.dtype) -> list[Any]:
 def _gated(module: Any, plain: Any, x: torch.Tensor) -> Any:
     if not _takes(x):
         return plain(x)
-    from serving.engines import kernels as loops
+    from serving.engines import rowwise
 
     gate, up = module.gate_proj(x), module.up_proj(x)
     out = torch.empty(gate.shape, dtype=gate.dtype)
     rows, width = gate.shape[0] * gate.shape[1], gate.shape[2]
     sizes = (rows, width, _step(gate), _step(up))
-    loops.gated(HALF[x.dtype])(gate.data_ptr(), up.data_ptr(), out.data_ptr(), sizes)
+    rowwise.gated(HALF[x.dtype])(gate.data_ptr(), up.data_ptr(), out.data_ptr(), sizes)
     return module.down_proj(out)
 
 
@@ -149,9 +149,9 @@ def _attends(
             hidden_states=x, position_embeddings=turns, attention_mask=attention_mask,
             past_key_values=past_key_values, **more,
         )  # fmt: skip
-    from serving.engines import kernels as loops
+    from serving.engines import rowwise
 
-    turn, width = loops.turned(HALF[x.dtype]), module.head_dim
+    turn, width = rowwise.turned(HALF[x.dtype]), module.head_dim
     rows, tokens, _ = x.shape
     cosines, sines = (t.expand(rows, tokens, -1).contiguous() if tokens > 1 else t for t in turns)
     by_row = [0 if tokens == len(t) == 1 else t.stride(-2) for t in (cosines, sines)]
