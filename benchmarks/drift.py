@@ -6,8 +6,8 @@ Questions on real texts (see `drift_traffic.py`), with a line of progress for ea
 object at the end:
 
 - `false_alarm_rate_30_checks`: streams of 30 windows without drift, 100 sessions of up to three turns each,
-  against one reference; the share of streams in which the sequential alarm (Shiryaev-Roberts, ARL 1,000) is
-  raised. Evidently's figure is the share in which its verdict is "drift" at any of the 30.
+  against one reference; the share of streams in which the sequential alarm (Shiryaev-Roberts, `monitor.arl`
+  at its default) is raised. Evidently's figure is the share in which its verdict is "drift" at any of the 30.
 - `power_new_topics_20pct_n100`, `power_new_topics_10pct_n200`: single windows of one-turn sessions, of which
   a share is about new topics; found are those with p <= 0.05 and a novelty lift of at least 3 points above
   chance, beside the p-value alone (`p_only`) and a gate at 5 points (`gate_5`). `single_false_alarm_rate` is
@@ -62,8 +62,9 @@ from drift_traffic import SOURCES, Texts, flat, read, sessions
 
 from monitoring.descriptors import describe
 from monitoring.detectors import Calibrated
-from monitoring.sequential import step
+from monitoring.sequential import given_reference, step
 from monitoring.windows import Row
+from regraft.config import MonitorSection
 from regraft.errors import DataError
 from regraft.records import Evidence
 
@@ -71,7 +72,7 @@ CHECKS = 30
 REFERENCE = 1500
 WINDOW = 100
 ALPHA, LIFT = 0.05, 0.03
-ARL = 1000.0
+ARL = MonitorSection().arl
 ORDINARY_FIRST, MOST_DELAY = 3, 12
 POWER = {"20pct_n100": (100, 0.2), "10pct_n200": (200, 0.1)}
 Found = dict[str, Any]
@@ -164,18 +165,20 @@ def say(line: str) -> None:
 def calm(texts: Texts, detector: Calibrated, seed: int, *, small: bool) -> Found:
     """A stream of 30 windows without drift; `small` asks Evidently with the cut reference too."""
     reference, windows = ordinary(texts, seed, CHECKS)
-    evidence = Evidence()
+    evidence, highest = Evidence(), 0.0
     found: Found = {"job": "calm", "evidently": False, "p_values": []}
     found |= {"evidently_1000": False} if small else {}
     for check, window in enumerate(windows):
         detection = detector.detect(reference, window)
-        evidence = step(evidence, detection.p_value, report_id=str(check), begun="", arl=ARL)
+        counted = given_reference(detection.p_value, detection.share)
+        evidence = step(evidence, counted, report_id=str(check), begun="", arl=ARL)
         found["p_values"].append(detection.p_value)
         # Its verdicts do not add up: after the first "drift" the stream has its figure.
         found["evidently"] = found["evidently"] or evidently(reference, window)
         if small:
             found["evidently_1000"] = found["evidently_1000"] or evidently(reference[:1000], window)
-    return found | {"alarm": evidence.alarmed_by is not None}
+        highest = max(highest, evidence.value)
+    return found | {"alarm": evidence.alarmed_by is not None, "highest": highest}
 
 
 def storm(texts: Texts, detector: Calibrated, seed: int, source: str) -> Found:
@@ -189,8 +192,9 @@ def storm(texts: Texts, detector: Calibrated, seed: int, source: str) -> Found:
     for check, window in enumerate(windows):
         drifted = check >= ORDINARY_FIRST
         rows = mixed(window, new, WINDOW // 5, draw) if drifted else window
-        p = detector.detect(reference, rows).p_value
-        evidence = step(evidence, p, report_id=str(check), begun="", arl=ARL)
+        detection = detector.detect(reference, rows)
+        counted = given_reference(detection.p_value, detection.share)
+        evidence = step(evidence, counted, report_id=str(check), begun="", arl=ARL)
         alarmed = evidence.alarmed_by is not None
         seen = early["evidently"] or delay["evidently"] < math.inf
         for name, alarm in (("calibrated", alarmed), ("evidently", not seen and evidently(reference, rows))):
@@ -284,6 +288,7 @@ def figures(found: list[Found]) -> Found:
     made: Found = {
         "streams": len(calms),
         "false_alarm_rate_30_checks": share([f["alarm"] for f in calms]),
+        "highest_evidence_of_streams": sorted((round(f["highest"], 1) for f in calms), reverse=True)[:5],
         "evidently_false_alarm_rate_30_checks": share([f["evidently"] for f in calms]),
         "p_below_0.05_in_any_of_30_checks": share([min(f["p_values"]) <= ALPHA for f in calms]),
         "p_below_0.05_rate": share([p <= ALPHA for p in p_values]),

@@ -15,8 +15,9 @@ from drift_traffic import lines
 
 from monitoring.detectors import Calibrated
 from monitoring.matching import MatchedTest, classify, matched_test
-from monitoring.sequential import step
+from monitoring.sequential import given_reference, step
 from monitoring.windows import Row
+from regraft.config import MonitorSection
 from regraft.records import Evidence
 
 #: Categories that ordinary traffic never has, and the two that a mix turns to.
@@ -24,7 +25,7 @@ NEW = ("INVOICE", "PAYMENT")
 MIX = ("ORDER", "REFUND")
 KINDS = ("new_content", "behaviour", "prompt_mix")
 REFERENCE, WINDOW, MOST = 1500, 200, 6
-ARL = 1000.0
+ARL = MonitorSection().arl
 _REFUSALS = (
     "I'm sorry, but I cannot help with that.",
     "I am unable to assist with this request.",
@@ -72,8 +73,9 @@ def explained(data: Path, detector: Calibrated, seed: int, kind: str) -> dict[st
             pairs[:100] = draw.sample(mixed, 100)
             pairs = list(dict.fromkeys(pairs))
         window = [_row(f"{check}.{i}", *pair) for i, pair in enumerate(pairs)]
-        p = detector.detect(reference, window).p_value
-        evidence = step(evidence, p, report_id=str(check), begun="", arl=ARL)
+        detection = detector.detect(reference, window)
+        counted = given_reference(detection.p_value, detection.share)
+        evidence = step(evidence, counted, report_id=str(check), begun="", arl=ARL)
         if evidence.alarmed_by is not None:
             matched = matched_test(reference, window, detector)
             break

@@ -15,7 +15,7 @@ from drift_kinds import exchanges
 
 from monitoring.quality import baseline_of, quality_signals
 from monitoring.sequential import alarm_at, step
-from regraft.config import QualitySection
+from regraft.config import MonitorSection, QualitySection
 from regraft.records import CapturedExchange, Evidence, Message
 
 KINDS = ("truncated", "looping", "refusing")
@@ -24,7 +24,7 @@ SETTINGS = (("none", 0.0), *((kind, share) for kind in KINDS for share in SHARES
 #: As many sessions as are frozen by default, and as few as a small evaluation set has.
 REFERENCES = (1500, 300)
 WINDOW, CHECKS = 100, 30
-ARL = 1000.0
+ARL = MonitorSection().arl
 _REFUSAL = "I'm sorry, but I cannot help with that."
 
 

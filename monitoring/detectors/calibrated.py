@@ -17,7 +17,7 @@ from monitoring.detectors.base import Detection
 from monitoring.detectors.embedded import Embedded, fresh
 from monitoring.detectors.frozen import Features, Frozen, in_order, split
 from monitoring.detectors.text import grown_terms
-from monitoring.windows import Row
+from monitoring.windows import Row, sessions_in
 from regraft.errors import DataError
 from regraft.records import TestResult
 
@@ -119,6 +119,7 @@ class Calibrated(Embedded):
             drivers=tuple(_drivers(adjusted, form, count, self.side)),
             novel=self._most_novel(now, features.distances[count:]),
             terms=grown_terms(texts[:count], texts[count:], self.examples),
+            share=sessions_in(now) / sessions_in(parts.compared),
         )
 
     def _looks(self) -> Iterator[int]:

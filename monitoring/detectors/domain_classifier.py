@@ -14,7 +14,7 @@ from monitoring.detectors.base import Detection
 from monitoring.detectors.embedded import Embedded, fresh
 from monitoring.detectors.frozen import by_session, flat, in_order
 from monitoring.detectors.text import grown_terms
-from monitoring.windows import Row
+from monitoring.windows import Row, sessions_in
 from regraft.records import TestResult
 
 Floats = perm.Floats
@@ -89,6 +89,7 @@ class DomainClassifier(Embedded):
             else (),
             novel=self._most_novel(now_half.held_out, scores[len(before_half.held_out) :]),
             terms=grown_terms(texts[0], texts[1], self.examples),
+            share=sessions_in(now_half.held_out) / sessions_in(before_half.held_out),
         )
 
 

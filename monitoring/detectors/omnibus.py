@@ -85,6 +85,7 @@ class Omnibus(Detector):
             drivers=tuple(_drivers(adjusted, form, form_statistics, len(reference), terms)),
             novel=self._most_novel(window, score["exchanges"][len(reference) :, 0]),
             terms=terms,
+            share=len(window) / len(reference),
         )
 
     def _results(

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
-from monitoring.sequential import e_value, step
+from monitoring.sequential import e_value, given_reference, step
 from regraft.records import Evidence
 
 
@@ -64,3 +65,28 @@ def test_evidence_comes_back_from_json_however_much_there_is():
     evidence = run(Evidence(), [0.001] * 400)
     assert np.isfinite(evidence.value)
     assert Evidence.model_validate_json(evidence.model_dump_json()) == evidence
+
+
+def test_an_unlucky_reference_does_not_alarm_for_ever():
+    """Means of windows against one reference's, by two-sample tests that are exact for a single window."""
+    generator = np.random.default_rng(0)
+    window, reference, streams = 100, 50, 100
+    plain, counted = 0, 0
+    for _ in range(streams):
+        center = generator.normal() / np.sqrt(reference)
+        apart = (generator.normal(size=30) / np.sqrt(window) - center) / np.sqrt(1 / window + 1 / reference)
+        p_values = np.maximum(2 * norm.sf(np.abs(apart)), 1e-4).tolist()
+        plain += run(Evidence(), p_values).alarmed_by is not None
+        given = [given_reference(p, window / reference) for p in p_values]
+        counted += run(Evidence(), given).alarmed_by is not None
+    assert plain > 0.03 * streams, "more than 30 checks at an average run length of 1,000 may"
+    assert counted <= 0.01 * streams
+
+
+def test_a_p_value_given_the_reference_is_no_smaller_and_hardly_larger_against_a_large_one():
+    for p_value in (1e-4, 0.003, 0.2, 0.9, 1.0):
+        assert given_reference(p_value, 0.0) == p_value
+        found = [given_reference(p_value, share) for share in (1e-6, 0.01, 0.1, 0.3)]
+        assert p_value <= found[0] <= p_value * 1.02 + 1e-9
+        assert found == sorted(found)
+        assert found[-1] <= 1
