@@ -36,8 +36,8 @@ SLOW = {"order": 0.08, "refund": 0.1, "account": 0.1, "payment": 0.42, NEW: 0.3}
 #: What the monitor should make of a day, by its scene; None: no alarm. A storm that was learned is ordinary.
 EXPECTED: dict[str, str | None] = {
     "reference": None, "ordinary": None, "mix": "prompt_mix", "attack": "new_content",
-    "storm": "new_content", "after the storm": "new_content, if not learned", "fault": "behaviour or quality",
-    "slow change": "prompt_mix, later", "slang": None,
+    "storm": "new_content", "after the storm": "prompt_mix, which stays", "fault": "behaviour or quality",
+    "slow change": "prompt_mix, later", "slang": "prompt_mix, which stays",
 }  # fmt: skip
 #: Examples of an intent: to train on, and of each evaluation set.
 TRAINED, EVALUATED, NEW_EVALUATED = 12, 8, 20
