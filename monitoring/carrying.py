@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from monitoring.sequential import DRIFT, PROMPTS
 from regraft.records import DriftKind, DriftReport, Evidence
 
 #: Kinds of alarms that a fault of model or service raises.
@@ -21,9 +22,9 @@ def carried(
     """The evidence of a report that later checks add to.
 
     What was dealt with has to be gathered anew: what a retraining or a rollback did not mend raises another
-    alarm. What no retraining mends is over once a window that could tell shows none of it, any other alarm
-    once all checks together tell nothing of it any more. Neither explains what comes later, nor does what the
-    same moved without an alarm.
+    alarm. What no retraining mends is over once a window that could tell shows none of it, and so is a
+    quality signal's own alarm; any other once all checks together tell nothing of it any more. Neither
+    explains what comes later, nor does what the same moved without an alarm.
 
     Args:
         report: The last one.
@@ -35,10 +36,12 @@ def carried(
     told = report.p_value is not None
     over = {alarm for alarm in raised - shown if told and kinds.get(alarm) in PASSING}
 
-    def left(evidence: Evidence) -> Evidence:
+    def left(name: str, evidence: Evidence) -> Evidence:
         alarm = evidence.alarmed_by
         if alarm is not None:
-            return Evidence() if alarm in over or alarm in dealt or not evidence.growth else evidence
+            better = name not in (DRIFT, PROMPTS) and report.p_values.get(name, 0.0) > SHOWS
+            ended = better or alarm in over or alarm in dealt or not evidence.growth
+            return Evidence() if ended else evidence
         return Evidence() if over and "" < evidence.since < report.window_start else evidence
 
-    return {name: left(evidence) for name, evidence in report.evidence.items()}
+    return {name: left(name, evidence) for name, evidence in report.evidence.items()}

@@ -52,3 +52,12 @@ def test_new_content_stays_until_it_is_dealt_with_or_nothing_of_it_is_left() -> 
     assert carried(quiet, {"a": "new_content"}, {"a"}) == {"drift": Evidence(), "prompts": MOVED}
     gone = ALARMED.model_copy(update={"growth": 0.0, "since": ""})
     assert carried(report({"drift": gone}, {"drift": 0.9}), {"a": "new_content"}, ()) == {"drift": Evidence()}
+
+
+def test_a_signal_that_recovered_alarms_no_longer_while_another_alarm_goes_on() -> None:
+    """A fault amid a changed mix: its own alarm stood on for days, as the decisions were about the mix."""
+    fault = ALARMED.model_copy(update={"alarmed_by": "fault"})
+    given = {"drift": ALARMED, "refusal_rate": fault, "truncated_rate": fault}
+    after = report(given, {"drift": 1e-4, "refusal_rate": 0.9, "truncated_rate": 0.04})
+    left = carried(after, {"a": "prompt_mix"}, ())
+    assert left == {"drift": ALARMED, "refusal_rate": Evidence(), "truncated_rate": fault}
