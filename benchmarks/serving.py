@@ -142,7 +142,7 @@ def endpoints(settings: argparse.Namespace, parts: list[str], folder: Path) -> d
             small = latency(tiny, 3 if quick else 10, 40)
             measured |= {f"{name}_tiny": value for name, value in small.items()}
             real = register(server.url, folder, "smollm2", settings.model, adapters[:1], spread=0.005)
-            measured |= latency(real, 3 if quick else 10, 8 if quick else 20)
+            measured |= latency(real, 8 if quick else 20, 6 if quick else 12)
         if "switch" in parts:
             measured |= switch(tiny, rate=50, seconds=12 if quick else 18, say=say)
         if "kill" in parts:
