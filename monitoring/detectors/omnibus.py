@@ -38,7 +38,7 @@ class Omnibus(Detector):
     effect_unit: ClassVar[str] = "share of the window's exchanges that the reference does not account for"
 
     name: Literal["omnibus"] = "omnibus"
-    permutations: int = Field(999, ge=199, description="Random labellings; the smallest p is 1/(this + 1).")
+    permutations: int = Field(4_999, ge=199, description="Random labellings; the smallest p is 1/(this + 1).")
     ridge: float = Field(3.0, gt=0, description="Strength of the penalty in the novelty score.")
     tail: float = Field(
         0.95, gt=0.5, lt=1, description="The reference's own percentile that answers must pass."
