@@ -62,7 +62,7 @@ from drift_traffic import SOURCES, Texts, flat, read, sessions
 
 from monitoring.descriptors import describe
 from monitoring.detectors import Calibrated
-from monitoring.sequential import given_reference, step
+from monitoring.sequential import step
 from monitoring.windows import Row
 from regraft.config import MonitorSection
 from regraft.errors import DataError
@@ -170,8 +170,7 @@ def calm(texts: Texts, detector: Calibrated, seed: int, *, small: bool) -> Found
     found |= {"evidently_1000": False} if small else {}
     for check, window in enumerate(windows):
         detection = detector.detect(reference, window)
-        counted = given_reference(detection.p_value, detection.share)
-        evidence = step(evidence, counted, report_id=str(check), begun="", arl=ARL)
+        evidence = step(evidence, detection.counted, report_id=str(check), begun="", arl=ARL)
         found["p_values"].append(detection.p_value)
         # Its verdicts do not add up: after the first "drift" the stream has its figure.
         found["evidently"] = found["evidently"] or evidently(reference, window)
@@ -193,8 +192,7 @@ def storm(texts: Texts, detector: Calibrated, seed: int, source: str) -> Found:
         drifted = check >= ORDINARY_FIRST
         rows = mixed(window, new, WINDOW // 5, draw) if drifted else window
         detection = detector.detect(reference, rows)
-        counted = given_reference(detection.p_value, detection.share)
-        evidence = step(evidence, counted, report_id=str(check), begun="", arl=ARL)
+        evidence = step(evidence, detection.counted, report_id=str(check), begun="", arl=ARL)
         alarmed = evidence.alarmed_by is not None
         seen = early["evidently"] or delay["evidently"] < math.inf
         for name, alarm in (("calibrated", alarmed), ("evidently", not seen and evidently(reference, rows))):

@@ -15,7 +15,7 @@ from drift_traffic import lines
 
 from monitoring.detectors import Calibrated
 from monitoring.matching import MatchedTest, classify, matched_test
-from monitoring.sequential import given_reference, step
+from monitoring.sequential import step
 from monitoring.windows import Row
 from regraft.config import MonitorSection
 from regraft.records import Evidence
@@ -74,8 +74,7 @@ def explained(data: Path, detector: Calibrated, seed: int, kind: str) -> dict[st
             pairs = list(dict.fromkeys(pairs))
         window = [_row(f"{check}.{i}", *pair) for i, pair in enumerate(pairs)]
         detection = detector.detect(reference, window)
-        counted = given_reference(detection.p_value, detection.share)
-        evidence = step(evidence, counted, report_id=str(check), begun="", arl=ARL)
+        evidence = step(evidence, detection.counted, report_id=str(check), begun="", arl=ARL)
         if evidence.alarmed_by is not None:
             matched = matched_test(reference, window, detector)
             break

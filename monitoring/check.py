@@ -13,7 +13,7 @@ from monitoring.detectors import DETECTOR_CLASSES, Calibrated, Detection, Detect
 from monitoring.explaining import Explained, explain
 from monitoring.likelihoods import beside
 from monitoring.measures import SERVICE
-from monitoring.sequential import DRIFT, PROMPTS, alarm_at, given_reference, step
+from monitoring.sequential import DRIFT, PROMPTS, alarm_at, step
 from monitoring.windows import Reference, Row, Window, sampled
 from monitoring.wording import summary
 from regraft.config import MonitorSection
@@ -147,11 +147,7 @@ def check_window(
     )
     p_values = {} if detector.advisory else {name: found.p_value for name, found in detections.items()}
     p_values |= {signal.name: signal.p_value for signal in quality if signal.p_value is not None}
-    counted = p_values | {
-        name: given_reference(p_values[name], found.share)
-        for name, found in detections.items()
-        if name in p_values
-    }
+    counted = p_values | {name: found.counted for name, found in detections.items() if name in p_values}
     evidence = _stepped(previous, counted, identity, start, settings.arl, len(quality))
     alarms = _alarms(evidence, detections, quality, settings)
     suspicious = [

@@ -18,9 +18,9 @@ began: Page's cumulative sum (1954), whose last zero is the likeliest place.
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
-from scipy.special import ndtr, ndtri
-
+from monitoring.exact import CONFIDENCE
 from regraft.records import Evidence
 
 #: Whether answers and prompts drift, among what evidence is kept about; the others are quality signals.
@@ -31,13 +31,9 @@ _MOST = 1e12
 #: alone make 782), the largest ordinary ones: a slow change shows in many p-values of a few hundredths.
 _EXPONENTS = (0.1, 0.25, 0.5)
 
-#: That a reference is no further from its population than what a p-value given the reference allows for: as
-#: `monitoring.exact` has it for rates.
-CONFIDENCE = 0.95
-
 
 def given_reference(p_value: float, share: float) -> float:
-    """A p-value that holds for windows against one reference too, for 95 of 100 references.
+    """A p-value that holds for windows against one reference too, for 95 of 100 references (`CONFIDENCE`).
 
     As for a difference of means: against the reference's own it has a variance of `1/n + 1/m`; given the
     reference it has `1/n`, and is off by what the reference is, which is bounded. For tests by other
@@ -52,8 +48,9 @@ def given_reference(p_value: float, share: float) -> float:
     """
     if not 0 < p_value < 1 or share <= 0:
         return p_value
-    z = -float(ndtri(p_value)) * math.sqrt(1 + share) - float(ndtri(CONFIDENCE)) * math.sqrt(share)
-    return max(p_value, float(ndtr(-z)))
+    normal = NormalDist()
+    z = -normal.inv_cdf(p_value) * math.sqrt(1 + share) - normal.inv_cdf(CONFIDENCE) * math.sqrt(share)
+    return max(p_value, math.erfc(z / math.sqrt(2)) / 2)
 
 
 def step(evidence: Evidence, p_value: float, *, report_id: str, begun: str, arl: float) -> Evidence:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from monitoring.sequential import given_reference
 from monitoring.windows import Row
 from regraft.records import Record, TestResult
 
@@ -46,6 +47,11 @@ class Detection(Record):
     novel: tuple[NovelExchange, ...] = ()
     terms: tuple[Term, ...] = ()
     share: float = 0.0
+
+    @property
+    def counted(self) -> float:
+        """The p-value as evidence over many windows takes it: given the reference that they share."""
+        return given_reference(self.p_value, self.share)
 
 
 class Detector(BaseModel):

@@ -12,7 +12,7 @@ from pydantic import Field
 from monitoring.detectors import permutation as perm
 from monitoring.detectors.base import Detector, NovelExchange
 from monitoring.vectors import Vectors, vectors
-from monitoring.windows import Row, session_of
+from monitoring.windows import Row, session_of, sessions_in
 from regraft.embeddings import DEFAULT
 from regraft.errors import DataError
 
@@ -34,12 +34,11 @@ class Embedded(Detector):
 
     def lacking(self, reference: Sequence[Row], window: Sequence[Row]) -> str:
         """See `Detector.lacking`. A session that has rows on both sides counts for the reference."""
-        known = {session_of(row) for row in reference}
-        own = {session_of(row) for row in fresh(reference, window)}
-        if len(known) < self.min_reference:
-            return f"the reference has {len(known)} sessions, at least {self.min_reference} are needed"
-        if len(own) < self.min_window:
-            return f"the window has {len(own)} sessions of its own, at least {self.min_window} are needed"
+        known, own = sessions_in(reference), sessions_in(fresh(reference, window))
+        if known < self.min_reference:
+            return f"the reference has {known} sessions, at least {self.min_reference} are needed"
+        if own < self.min_window:
+            return f"the window has {own} sessions of its own, at least {self.min_window} are needed"
         return ""
 
     def embed(self, texts: Sequence[str]) -> Vectors:

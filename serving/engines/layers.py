@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from serving.engines.compiled import kernels
+from serving.engines.compiled import alike, kernels
 from serving.engines.looped import Looped
 from serving.engines.mixed import Mix
 from serving.engines.packed import PackedLinear, Product
-from serving.engines.plain import TRIAL_ROWS, Forgets, alike, is_llamas, random
+from serving.engines.plain import TRIAL_ROWS, Forgets, is_llamas, random
 
 _log = logging.getLogger(__name__)
 

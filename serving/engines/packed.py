@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from serving.engines.compiled import kernels
+from serving.engines.compiled import alike, kernels
 
 #: Rows of a product that the layout is chosen for.
 _ROWS = 32
-#: How far the loop may be from torch on a trial, as a share of the largest number: of rounding.
-_APART = 0.02
 #: Layers of one parent that read the same, by their names in transformers' models.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -62,10 +60,8 @@ class Product:
     def _is_right(self, weights: torch.Tensor) -> bool:
         """Whether the loop gives what oneDNN does: what the layout is, oneDNN does not say."""
         some = torch.randn(self.most, 1, weights.shape[1], generator=torch.Generator().manual_seed(1))
-        wanted, found = (
-            multiply(some.to(weights.dtype)).float() for multiply in (self._by_torch, self._by_loop)
-        )
-        return bool((found - wanted).abs().max() <= _APART * wanted.abs().max())
+        x = some.to(weights.dtype)
+        return alike(self._by_torch(x), self._by_loop(x))
 
     def weight(self, part: int) -> torch.Tensor:
         """One layer's weights as they were; unpacked anew each time where nobody else holds them."""
@@ -176,8 +172,9 @@ def pack(base: nn.Module) -> int:
 
 def _tiles(base: Any) -> Any:
     """The module of the loop over matrix tiles, if this processor has them and numba is there."""
-    there = getattr(torch.cpu, "_is_amx_tile_supported", bool)
-    if kernels(base) is None or not there() or not torch.cpu._init_amx():
+    if kernels(base) is None or not torch.cpu.get_capabilities().get("amx_bf16"):
+        return None
+    if not torch.cpu._init_amx():  # the system does not let this process have them
         return None
     from serving.engines import tiles
 

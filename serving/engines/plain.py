@@ -18,13 +18,10 @@ from typing import Any
 import torch
 
 from serving.engines.attention import attend_by_rows, attention
-from serving.engines.compiled import HALF, kernels
+from serving.engines.compiled import HALF, alike, kernels
 
 _log = logging.getLogger(__name__)
 
-#: How far a trial may be from the module, as a share of its largest number: rounding stays below, and another
-#: formula far above.
-_APART = {torch.bfloat16: 0.02, torch.float32: 1e-4}
 #: Rows of a trial.
 TRIAL_ROWS = 2
 #: What modules read on trial: normalisations tell small numbers from what they add to the mean of squares.
@@ -72,14 +69,6 @@ def _replace(
     if same:
         module.forward = answer
     return same
-
-
-def alike(wanted: Any, found: Any) -> bool:
-    """Whether two answers are the same but for rounding."""
-    wanted, found = (answer[0] if isinstance(answer, tuple) else answer for answer in (wanted, found))
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return False
-    return bool((found - wanted).abs().max() <= _APART[wanted.dtype] * wanted.abs().max())
 
 
 def random(width: int, dtype: torch.dtype, spread: float = 1.0) -> torch.Tensor:

@@ -16,7 +16,7 @@ from serving.engines.mixed import Mix
 from serving.engines.packed import PackedLinear, pack
 
 pytest.importorskip("serving.engines.kernels", exc_type=ImportError)
-if not torch.cpu._is_amx_tile_supported():
+if not torch.cpu.get_capabilities().get("amx_bf16"):
     pytest.skip("this processor has no matrix tiles", allow_module_level=True)
 
 from serving.engines.layers import FusedLayer, fuse
