@@ -18,16 +18,19 @@ $(VENV)/bin/python:
 	@echo "── creating $(VENV) with $$($(PYTHON) --version)"
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp for each set of extras, so that nothing is installed twice.
+# A stamp for each set of extras, so that nothing is installed twice. A file becomes bytecode when it is first
+# imported, not before: few of these packages' files ever are, and all of them take more than a minute.
+INSTALL := $(PIP) install --quiet --no-compile -c constraints.txt
+
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "── installing Regraft (about 2 GB of packages; a few minutes on a slow line)"
-	$(PIP) install --quiet --progress-bar on -c constraints.txt -e .
+	$(INSTALL) --progress-bar on -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	@echo "── installing what the tests and checks need"
-	$(PIP) install --quiet -c constraints.txt -e '.[test,dev]'
-	@touch $@
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "── installing Regraft, and what the tests and checks need (about 2 GB of packages)"
+	$(INSTALL) --progress-bar on -e '.[test,dev]'
+	@touch $(VENV)/.installed $@
 
 quickstart: $(VENV)/.installed
 	@echo "── running the loop: regraft quickstart"
@@ -41,12 +44,11 @@ browser:
 	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
 	  else echo "── no Chromium: the browser tests will be skipped"; fi
 
-# A file at a time to each of two processes, those first that wait longest for others; the loop by itself.
+# A file at a time to each of two processes, those first that wait longest for others.
 test: $(VENV)/.installed-test browser
 	@echo "── running the tests"
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder \
-	  tests/jobs tests/serving tests/core tests/monitoring
-	$(BIN)/python -m pytest -m "not slow" tests/e2e
+	  tests/e2e tests/jobs tests/serving tests/core tests/monitoring
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

@@ -22,6 +22,8 @@ _WORDS = {
     "answer topics": "the answers say other things",
     "form": "prompts or answers are written in another form",
 }
+#: So many labellings are looked at at once.
+_LABELLINGS = 256
 
 
 class Omnibus(Detector):
@@ -120,11 +122,13 @@ def _kernel(similarity: Floats) -> Floats:
 
 def _beyond(scores: Floats, labels: perm.Labels, tail: float) -> Floats:
     """Share of the window beyond the reference's own percentile, for every labelling."""
-    found = np.empty(labels.shape[1])
-    for column in range(labels.shape[1]):
-        taken, values = labels[:, column], scores[:, column]
-        found[column] = (values[taken] > np.quantile(values[~taken], tail)).mean()
-    return found
+    found = []
+    # Few labellings at a time: the values of all of them would be as large again as the scores.
+    for start in range(0, labels.shape[1], _LABELLINGS):
+        taken, values = (part[:, start : start + _LABELLINGS].T for part in (labels, scores))
+        limits = np.quantile(values[~taken].reshape(len(taken), -1), tail, axis=1)
+        found.append((values[taken].reshape(len(taken), -1) > limits[:, None]).mean(axis=1))
+    return np.concatenate(found)
 
 
 def _above_chance(statistic: Floats) -> float:

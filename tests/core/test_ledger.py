@@ -215,16 +215,23 @@ def test_an_outcome_is_never_overwritten(ledger: Ledger) -> None:
 
 
 def test_of_outcomes_at_the_same_moment_all_see_the_same_one(ledger: Ledger) -> None:
-    ledger.note(decision())
+    names = [f"d{number}" for number in range(6)]
+    for name in names:
+        ledger.note(decision(name))
     gate = threading.Barrier(4)
 
-    def note(number: int) -> DecisionOutcome:
-        gate.wait()
-        return Ledger(ledger.uri, ledger.experiment).note_outcome(outcome(version=number))
+    def note(number: int) -> list[int | None]:
+        own = Ledger(ledger.uri, ledger.experiment)
+        found = []
+        for name in names:
+            gate.wait()
+            found.append(own.note_outcome(outcome(name, version=number)).version)
+        return found
 
     with ThreadPoolExecutor(4) as threads:
-        found = {o.version for o in threads.map(note, range(4))}
-    assert found == {ledger.outcome("d1").version}  # type: ignore[union-attr]
+        found = list(threads.map(note, range(4)))
+    kept = [ledger.outcome(name).version for name in names]  # type: ignore[union-attr]
+    assert found == [kept] * 4
 
 
 def test_open_are_retrainings_without_an_outcome(ledger: Ledger) -> None:

@@ -125,24 +125,19 @@ def untouched(case: Case) -> None:
 
 
 def test_good_experiment_is_checked_without_starting_anything(case: Case) -> None:
-    done = case.run("check", ".")
-    assert done.returncode == 0, done.stderr
-    assert "1 train, 1 evaluation" in done.stdout
-    assert "lora rank=8" in done.stdout
-    assert "train: 1 of 1 examples kept; " in " ".join(done.stdout.split())
-    assert case.processes() == []
-    untouched(case)
-
-
-def test_a_check_says_what_a_search_will_add_and_what_the_budget_is(case: Case) -> None:
     case.change("sweep:", "sweep:\n  search: {name: tpe, trials: 9, startup: 2}\n  budget: {hours: 2}")
     case.change("sweep:", "sweep:\n  finalists: {count: 2, seeds: 3}")
     case.change("rank: 8", "rank: 8, learning_rate: {loguniform: [1.0e-4, 1.0e-2]}")
     done = case.run("check", ".")
     assert done.returncode == 0, done.stderr
+    assert "1 train, 1 evaluation" in done.stdout
+    assert "lora rank=8" in done.stdout
+    assert "train: 1 of 1 examples kept; " in " ".join(done.stdout.split())
     assert "search tpe: up to 6 more trials follow from what these come to" in done.stdout
     assert "the best 2 are repeated with 2 more seeds each" in done.stdout
     assert "budget: 2 hours" in done.stdout
+    assert case.processes() == []
+    untouched(case)
 
 
 MISTAKES: dict[str, tuple[Callable[[Case], object], tuple[str, ...]]] = {

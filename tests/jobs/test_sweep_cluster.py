@@ -101,6 +101,7 @@ def test_a_sweep_uses_both_nodes_and_records_every_trial(
     show_leaderboard(board)  # copes with a trial that has no loss
 
 
+@pytest.mark.slow
 def test_a_trial_that_cannot_fit_is_infeasible_with_its_reason_and_the_sweep_goes_on(
     two_nodes, mlflow_url: str, tiny_experiment: Path, tmp_path: Path
 ):

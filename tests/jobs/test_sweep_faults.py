@@ -95,7 +95,20 @@ class Killed(Attempt):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint_once(
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
+    cluster, mlflow_url: str, tiny_experiment: Path, tmp_path: Path
+):
+    lines: list[str] = []
+    lora = [{"name": "lora", "rank": 2, "learning_rate": 0.01}]
+    found = sweep(tiny_experiment, mlflow_url, tmp_path, "killed-once", Killed, lines, methods=lora)["lora"]
+    assert found.status == "completed"
+    assert any(line.startswith("lost lora rank=2") and "last checkpoint" in line for line in lines), lines
+    assert attempts(mlflow_url, found) == "2"
+    assert len(found.curve) == 4
+
+
+@pytest.mark.slow
+def test_a_killed_trial_comes_to_what_it_would_have_and_one_that_dies_again_has_failed(
     cluster, mlflow_url: str, tiny_experiment: Path, tmp_path: Path, undisturbed: TrialResult
 ):
     lines: list[str] = []
