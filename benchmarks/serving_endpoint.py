@@ -182,6 +182,39 @@ def loading(load: Mapping[str, Any]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+class Asker:
+    """A generator of load that takes one load after another, so that its start is no part of any.
+
+    Args:
+        core: To bind it to.
+    """
+
+    def __init__(self, core: int) -> None:
+        command = [sys.executable, "-P", str(HERE / "serving_load.py"), "-"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pin(psutil.Process(self._process.pid), core)
+
+    def ask(self, load: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What became of each request of a load."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(json.dumps(load) + "\n")
+        stdin.flush()
+        told = []
+        while line := stdout.readline():
+            if line == "\n":
+                return told
+            told.append(json.loads(line))
+        raise ChildProcessError(f"the generator of load ended with status {self._process.wait()}")
+
+    def __enter__(self) -> Asker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # which closes its input, and so ends it
+
+
 def answers(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
     """All that a generator tells, when it has ended."""
     out, _ = process.communicate()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from serving_endpoint import Registered, answers, child, loading, pin, read, running
+from serving_endpoint import Asker, Registered, child, pin, read, running
 
 #: Cores of the engine, and of all else that takes part.
 ENGINE_CORE, OTHER_CORE = 0, 1
@@ -67,7 +67,10 @@ def added_latency(
     }
     # Of each turn: a machine that is slower now than before is so for both.
     apart: dict[str, list[float]] = {"": [], ", stream": [], ", first": []}
-    with running(settings, {"RAY_worker_niceness": "0", **environment}) as endpoint:
+    with (
+        running(settings, {"RAY_worker_niceness": "0", **environment}) as endpoint,
+        Asker(OTHER_CORE) as asker,
+    ):
         alone = child(["bare", str(_written(settings)), str(version.version)], core=ENGINE_CORE)
         read(alone)
         for process in endpoint.family():
@@ -82,7 +85,7 @@ def added_latency(
                 body = {"model": model.name, "messages": TURNS, "max_tokens": tokens, "temperature": 0}
                 load = {"url": endpoint.url, "bodies": [body | {"stream": stream}], "count": each // 2}
                 before = {name: _cpu_seconds(endpoint.actor(name)) for name in spent}
-                told = answers(loading(load | {"warm": 2}))
+                told = asker.ask(load | {"warm": 2})
                 if number and not stream:
                     asked_whole += len(told) + 2
                     for name, start in before.items():

@@ -1,8 +1,10 @@
 """Ask an endpoint as its users do, from a process of its own; knows nothing of Regraft.
 
     python -P benchmarks/serving_load.py '{"url": "http://127.0.0.1/v1/completions", "bodies": [{}]}'
+    python -P benchmarks/serving_load.py -
 
 Each answer is one line of JSON, written as soon as it has come whole or failed. See `Load` for what to ask.
+With `-` loads are lines of standard input, taken one after another; an empty line ends the answers of each.
 """
 
 from __future__ import annotations
@@ -152,4 +154,8 @@ async def run(load: Load) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(run(Load(**json.loads(sys.argv[1]))))
+    for line in sys.stdin if sys.argv[1] == "-" else sys.argv[1:]:
+        asyncio.run(run(Load(**json.loads(line))))
+        if sys.argv[1] == "-":
+            sys.stdout.write("\n")
+            sys.stdout.flush()

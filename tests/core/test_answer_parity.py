@@ -403,7 +403,7 @@ def test_the_command_reads_a_version_and_its_evaluation_from_the_registry(
     write_chats(tmp_path / "data" / "train.jsonl", [Example(id="train", messages=turns)])
     write_chats(tmp_path / "data" / "evaluation.jsonl", EXAMPLES)
     settings = {
-        "name": "support",
+        "name": "read-by-parity",
         "model": {"source": str(tiny_model), "dtype": "float32", "device": "cpu"},
         "data": {"train": "data/train.jsonl", "evaluation": "data/evaluation.jsonl"},
         "sweep": {"methods": [{"name": "lora", "rank": 4}]},
@@ -413,7 +413,7 @@ def test_the_command_reads_a_version_and_its_evaluation_from_the_registry(
     (tmp_path / "regraft.yaml").write_text(yaml.safe_dump(settings))
     experiment = Experiment.load(tmp_path)
     dataset = load_dataset(experiment.name, experiment.data)
-    tracker, registry = Tracker(mlflow_url, "support"), Registry(mlflow_url, tmp_path / "cache")
+    tracker, registry = Tracker(mlflow_url, "read-by-parity"), Registry(mlflow_url, tmp_path / "cache")
     parent = tracker.start_sweep("s", params={}, dataset=dataset)
     known = recorded(lora, tiny_model, tiny_tokenizer)
     for key, outputs in (("right", known), ("wrong", [known[0], known[1], known[1], *known[3:]])):
@@ -438,10 +438,10 @@ def test_the_command_reads_a_version_and_its_evaluation_from_the_registry(
             report=report,
         )
         run.finish(result)
-        registry.register("support", result)
+        registry.register("read-by-parity", result)
     right, wrong = (CliRunner().invoke(app, ["parity", str(tmp_path), v]) for v in ("1", "2"))
     assert right.exit_code == 0, right.output
-    assert "support/1" in right.output
+    assert "read-by-parity/1" in right.output
     assert wrong.exit_code == 1
     assert "1 differ" in wrong.output
     assert "recorded, differs at token" in wrong.output
