@@ -125,7 +125,8 @@ def _beyond(scores: Floats, labels: perm.Labels, tail: float) -> Floats:
     found = []
     # Few labellings at a time: the values of all of them would be as large again as the scores.
     for start in range(0, labels.shape[1], _LABELLINGS):
-        taken, values = (part[:, start : start + _LABELLINGS].T for part in (labels, scores))
+        some = slice(start, start + _LABELLINGS)
+        taken, values = labels[:, some].T, scores[:, some].T
         limits = np.quantile(values[~taken].reshape(len(taken), -1), tail, axis=1)
         found.append((values[taken].reshape(len(taken), -1) > limits[:, None]).mean(axis=1))
     return np.concatenate(found)
