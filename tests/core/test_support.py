@@ -271,6 +271,7 @@ def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAINED, **NAMED)
 @pytest.mark.parametrize("way", ["replicas", "shards"])
 def test_two_workers_train_what_one_does_where_it_is_declared(
