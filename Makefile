@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:
 	@echo "make quickstart   install into .venv and run the whole loop on the bundled example (minutes)"
 	@echo "make test         install what the tests need and run them"
-	@echo "make test-slow    those that take long: machines that go down, memory that runs out (about a quarter of an hour)"
+	@echo "make test-slow    those that take long: machines that go down, memory that runs out (about twenty minutes)"
 	@echo "make check        format, lint, types and import rules"
 	@echo "make clean        remove .venv and caches; .regraft/ (your runs) stays"
 

@@ -220,7 +220,7 @@ def answers(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
     out, _ = process.communicate()
     if process.returncode not in (0, -signal.SIGTERM):
         raise ChildProcessError(f"the generator of load ended with status {process.returncode}")
-    return [json.loads(line) for line in out.splitlines()]
+    return [json.loads(line) for line in out.splitlines() if line]
 
 
 def pin(process: psutil.Process, core: int) -> None:

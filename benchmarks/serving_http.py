@@ -85,9 +85,9 @@ def added_latency(
                 body = {"model": model.name, "messages": TURNS, "max_tokens": tokens, "temperature": 0}
                 load = {"url": endpoint.url, "bodies": [body | {"stream": stream}], "count": each // 2}
                 before = {name: _cpu_seconds(endpoint.actor(name)) for name in spent}
-                told = asker.ask(load | {"warm": 2})
+                told = asker.ask(load | {"warm": 0 if number else 4})
                 if number and not stream:
-                    asked_whole += len(told) + 2
+                    asked_whole += len(told)
                     for name, start in before.items():
                         spent[name] += _cpu_seconds(endpoint.actor(name)) - start
                 asked = {"ids": ids, "tokens": tokens, "count": each // 2, "whole": not stream}

@@ -4,7 +4,7 @@
     python -P benchmarks/serving_load.py -
 
 Each answer is one line of JSON, written as soon as it has come whole or failed. See `Load` for what to ask.
-With `-` loads are lines of standard input, taken one after another; an empty line ends the answers of each.
+An empty line ends the answers of each load; with `-` loads are lines of standard input.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,9 +72,10 @@ class Told:
 
 async def ask(http: aiohttp.ClientSession, load: Load, body: dict[str, Any]) -> Told:
     """Send one request and read its answer to the end."""
+    timeout = aiohttp.ClientTimeout(total=load.timeout_s)
     told = Told(time.monotonic())
     try:
-        async with http.post(load.url, json=body) as reply:
+        async with http.post(load.url, json=body, timeout=timeout) as reply:
             told.status, told.version = reply.status, reply.headers.get("x-regraft-version", "")
             if reply.status == 200 and body.get("stream"):
                 await _stream(reply, told)
@@ -115,47 +117,48 @@ def _said(choice: dict[str, Any], part: str) -> str:
     return str(choice["text"] if "text" in choice else choice[part].get("content") or "")
 
 
-async def run(load: Load) -> None:
-    """Ask, and tell of each answer."""
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=load.timeout_s)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
-        for number in range(load.warm):
-            await ask(http, load, load.bodies[number % len(load.bodies)])
-        begun = time.monotonic()
-        numbers = iter(range(load.count))
-
-        async def one(number: int) -> Told:
-            told = await ask(http, load, load.bodies[number % len(load.bodies)])
-            sys.stdout.write(json.dumps(asdict(told)) + "\n")
+async def run(loads: Iterable[str]) -> None:
+    """Ask one load after another, on the same connections, and tell of each answer."""
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        for line in loads:
+            await _run(http, Load(**json.loads(line)))
+            sys.stdout.write("\n")
             sys.stdout.flush()
-            return told
 
-        async def client() -> None:
-            for number in numbers:  # which all clients share
-                if time.monotonic() - begun >= load.seconds:
+
+async def _run(http: aiohttp.ClientSession, load: Load) -> None:
+    for number in range(load.warm):
+        await ask(http, load, load.bodies[number % len(load.bodies)])
+    begun = time.monotonic()
+    numbers = iter(range(load.count))
+
+    async def one(number: int) -> Told:
+        told = await ask(http, load, load.bodies[number % len(load.bodies)])
+        sys.stdout.write(json.dumps(asdict(told)) + "\n")
+        sys.stdout.flush()
+        return told
+
+    async def client() -> None:
+        for number in numbers:  # which all clients share
+            if time.monotonic() - begun >= load.seconds:
+                return
+            if not (await one(number)).status:
+                await asyncio.sleep(0.05)  # nobody listens
+
+    async def arrivals(rate: float) -> None:
+        async with asyncio.TaskGroup() as running:
+            for number in numbers:
+                due = begun + number / rate
+                if due - begun >= load.seconds:
                     return
-                if not (await one(number)).status:
-                    await asyncio.sleep(0.05)  # nobody listens
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                running.create_task(one(number))
 
-        async def arrivals(rate: float) -> None:
-            async with asyncio.TaskGroup() as running:
-                for number in numbers:
-                    due = begun + number / rate
-                    if due - begun >= load.seconds:
-                        return
-                    await asyncio.sleep(max(0.0, due - time.monotonic()))
-                    running.create_task(one(number))
-
-        if load.rate is None:
-            await asyncio.gather(*(client() for _ in range(load.clients)))
-        else:
-            await arrivals(load.rate)
+    if load.rate is None:
+        await asyncio.gather(*(client() for _ in range(load.clients)))
+    else:
+        await arrivals(load.rate)
 
 
 if __name__ == "__main__":
-    for line in sys.stdin if sys.argv[1] == "-" else sys.argv[1:]:
-        asyncio.run(run(Load(**json.loads(line))))
-        if sys.argv[1] == "-":
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+    asyncio.run(run(sys.stdin if sys.argv[1] == "-" else sys.argv[1:]))
