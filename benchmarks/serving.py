@@ -51,7 +51,11 @@ SUMMARY = (
 def main() -> None:
     """Measure the parts, print what they find and one JSON object."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--quick", action="store_true", help="fewer rounds: under five minutes on two cores")
+    words.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer rounds: under five minutes on two cores, or seven with vLLM",
+    )
     words.add_argument("--parts", default=",".join(PARTS), help="which to measure, by commas")
     words.add_argument("--model", default="bundled:smollm2-135m-instruct")
     words.add_argument("--streams", default="32", help="requests at once; several by commas")
