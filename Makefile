@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help quickstart test test-slow check browser clean
 .DEFAULT_GOAL := help
@@ -20,16 +19,17 @@ $(VENV)/bin/python:
 
 # A stamp for each set of extras, so that nothing is installed twice. A file becomes bytecode when it is first
 # imported, not before: few of these packages' files ever are, and all of them take more than a minute.
-INSTALL := $(PIP) install --quiet --no-compile -c constraints.txt
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar on --no-compile \
+  -c constraints.txt
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "── installing Regraft (about 2 GB of packages; a few minutes on a slow line)"
-	$(INSTALL) --progress-bar on -e .
+	$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "── installing Regraft, and what the tests and checks need (about 2 GB of packages)"
-	$(INSTALL) --progress-bar on -e '.[test,dev]'
+	$(INSTALL) -e '.[test,dev]'
 	@touch $(VENV)/.installed $@
 
 quickstart: $(VENV)/.installed

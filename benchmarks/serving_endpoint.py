@@ -150,10 +150,9 @@ def running(settings: EndpointSettings, environment: Mapping[str, str] = {}) -> 
 
 def child(arguments: Sequence[str], environment: Mapping[str, str] = {}, core: int | None = None) -> Any:
     """Start `serving_child.py`, on one core if it is named; it logs beside its settings."""
-    bound = [] if core is None else ["taskset", "-c", str(core)]
     with _log(arguments).open("wb") as log:
         return subprocess.Popen(
-            [*bound, sys.executable, "-P", str(HERE / "serving_child.py"), *arguments],
+            [*_bound(core), sys.executable, "-P", str(HERE / "serving_child.py"), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             cwd=HERE.parent, env={**os.environ, **environment},
         )  # fmt: skip
@@ -178,8 +177,17 @@ def _log(arguments: Sequence[str]) -> Path:
 
 def loading(load: Mapping[str, Any]) -> subprocess.Popen[str]:
     """Start a generator of load; see `serving_load.py`."""
-    command = [sys.executable, "-P", str(HERE / "serving_load.py"), json.dumps(load)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return _generator(json.dumps(load))
+
+
+def _generator(load: str, core: int | None = None) -> subprocess.Popen[str]:
+    command = [*_bound(core), sys.executable, "-P", str(HERE / "serving_load.py"), load]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _bound(core: int | None) -> list[str]:
+    """What comes before a command, so that all it starts stays on one core if it is named."""
+    return [] if core is None else ["taskset", "-c", str(core)]
 
 
 class Asker:
@@ -190,9 +198,7 @@ class Asker:
     """
 
     def __init__(self, core: int) -> None:
-        command = [sys.executable, "-P", str(HERE / "serving_load.py"), "-"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        pin(psutil.Process(self._process.pid), core)
+        self._process = _generator("-", core)
 
     def ask(self, load: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What became of each request of a load."""

@@ -99,8 +99,8 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
     cluster, mlflow_url: str, tiny_experiment: Path, tmp_path: Path
 ):
     lines: list[str] = []
-    lora = [{"name": "lora", "rank": 2, "learning_rate": 0.01}]
-    found = sweep(tiny_experiment, mlflow_url, tmp_path, "killed-once", Killed, lines, methods=lora)["lora"]
+    only = BOTH[1:2]
+    found = sweep(tiny_experiment, mlflow_url, tmp_path, "killed-once", Killed, lines, methods=only)["lora"]
     assert found.status == "completed"
     assert any(line.startswith("lost lora rank=2") and "last checkpoint" in line for line in lines), lines
     assert attempts(mlflow_url, found) == "2"
