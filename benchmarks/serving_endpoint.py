@@ -100,12 +100,15 @@ class Endpoint:
     def actor(self, name: str) -> psutil.Process:
         """The process of Ray's proxy, `ProxyActor`, or of a deployment's only replica: Ray names them so.
 
+        `Holder` is the process that holds the models of an engine replica.
+
         Raises:
             LookupError: If there is none.
         """
+        title = r".* -m serving\.holder " if name == "Holder" else rf"ray::(ServeReplica:regraft:)?{name}"
         for process in self.family():
             try:
-                if re.match(rf"ray::(ServeReplica:regraft:)?{name}", " ".join(process.cmdline())):
+                if re.match(title, " ".join(process.cmdline())):
                     return process
             except psutil.NoSuchProcess:
                 continue

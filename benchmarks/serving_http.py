@@ -75,9 +75,9 @@ def added_latency(
         read(alone)
         for process in endpoint.family():
             pin(process, OTHER_CORE)
-        pin(endpoint.actor("Engines"), ENGINE_CORE)
+        pin(endpoint.actor("Holder"), ENGINE_CORE)
         proxied = settings.serve.ingress == "proxy"
-        spent = {name: 0.0 for name in (*(["ProxyActor"] if proxied else []), "Gateway", "Engines")}
+        spent = {name: 0.0 for name in (*(["ProxyActor"] if proxied else []), "Gateway", "Engines", "Holder")}
         asked_whole = 0
         for number in range(rounds + 1):
             for stream in (False, True):

@@ -1,6 +1,7 @@
 """Where a replica takes requests from the gateways of its machine: a Unix socket.
 
-The socket lies in a folder that only this user may enter, and goes nowhere else.
+The socket lies in a folder that only this user may enter, and goes nowhere else. The replica itself asks over
+a line of its own, and may also call what it needs to.
 """
 
 from __future__ import annotations
@@ -8,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from serving.engines.base import GenerationRequest
+from serving.shelf import UnavailableError, brief
 from serving.wire import VERSION, Failed, Said, Wire, WireError, pack_said, unpack_request
 
 logger = logging.getLogger(__name__)
@@ -24,6 +28,8 @@ logger = logging.getLogger(__name__)
 _HELLO_SECONDS = 5.0
 #: Answers with a version, given its number, what is asked, and the versions that have a role.
 Answering = Callable[[int, GenerationRequest, Sequence[int]], AsyncGenerator[Said, None]]
+#: What the replica may call; takes and gives what JSON can say.
+Callables = Mapping[str, Callable[..., Awaitable[Any]]]
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,13 @@ class Intake:
 
     Args:
         answer: What to answer with.
+        calls: What the replica may call.
     """
 
-    def __init__(self, answer: Answering) -> None:
-        self._answer = answer
+    def __init__(self, answer: Answering, calls: Callables = MappingProxyType({})) -> None:
+        self._answer, self._calls = answer, calls
+        self._calling: set[asyncio.Task[None]] = set()
+        self._replica: Wire | None = None
         self._secret = secrets.token_urlsafe(32)
         self._wires: set[Wire] = set()
         self._running: dict[tuple[Wire, int], asyncio.Task[None]] = {}
@@ -59,7 +68,7 @@ class Intake:
         self._server: asyncio.Server | None = None
         self._folder: Path | None = None
         self._draining = False
-        #: Requests that have come.
+        #: Requests that have come from gateways.
         self.taken = 0
 
     @property
@@ -85,6 +94,22 @@ class Intake:
             self._clear()
             raise
         return Address(node, str(path), self._secret)
+
+    async def attend(self, end: socket.socket) -> None:
+        """Take requests and calls from the replica until it hangs up.
+
+        Args:
+            end: Of a pair of which it has the other.
+        """
+        over = asyncio.Event()
+
+        def left(wire: Wire) -> None:
+            self._lost(wire)
+            over.set()
+
+        wire = self._replica = Wire(self._heard, left)
+        await asyncio.get_running_loop().create_unix_connection(lambda: wire, sock=end)
+        await over.wait()
 
     async def drain(self) -> None:
         """Take nothing more on, and return when all that has begun has ended."""
@@ -113,7 +138,11 @@ class Intake:
         return wire
 
     def _heard(self, wire: Wire, frame: dict[str, Any]) -> None:
-        if wire not in self._wires:
+        if wire is self._replica and "call" in frame:
+            called = asyncio.get_running_loop().create_task(self._call(wire, **frame))
+            self._calling.add(called)
+            called.add_done_callback(self._calling.discard)
+        elif wire not in self._wires and wire is not self._replica:
             self._greet(wire, frame)
         elif "ask" in frame:
             self._ask(wire, frame)
@@ -147,11 +176,20 @@ class Intake:
             wire.say({"of": number, "gone": True})
             return
         request = unpack_request(frame.get("request"))
-        self.taken += 1
+        self.taken += wire is not self._replica
         saying = self._say(wire, number, self._answer(version, request, kept))
         task = asyncio.get_running_loop().create_task(saying)
         self._running[wire, number] = task
         task.add_done_callback(lambda _: self._ended(wire, number))
+
+    async def _call(self, wire: Wire, call: int, name: str, arguments: Sequence[Any]) -> None:
+        try:
+            wire.say({"of": call, "gave": await self._calls[name](*arguments)})
+        except UnavailableError as error:
+            wire.say({"of": call, "failed": "unavailable", "why": str(error)})
+        except Exception as error:
+            logger.exception("%s failed", name)
+            wire.say({"of": call, "failed": "error", "why": brief(error)})
 
     async def _say(self, wire: Wire, number: int, saying: AsyncGenerator[Said, None]) -> None:
         try:

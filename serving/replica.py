@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from regraft.records import ModelVersion
-from serving.engines.base import EngineClosedError, EngineError, GenerationRequest, QueueFullError
-from serving.intake import Address, Intake
-from serving.loading import make_loader
+from regraft.errors import ServiceError
+from serving.engines.base import GenerationRequest
+from serving.holder_process import HolderProcess
+from serving.intake import Address
 from serving.settings import EndpointSettings
-from serving.shelf import Loaded, Shelf, UnavailableError, brief
-from serving.wire import Failed, Said
+from serving.shelf import UnavailableError
+from serving.wire import EVERYTHING, Said
 
 logger = logging.getLogger(__name__)
 
 #: How long a new replica that lacks something looks for others that have it.
 _LOOK_SECONDS = 3.0
-#: Lacks a replica that could not ask which versions have a role.
-_EVERYTHING = "whatever has a role"
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,9 @@ class Prepared:
 class EngineReplica:
     """A replica. Before it counts as ready it has loaded what has a role.
 
-    One that cannot do so comes up all the same, to say why; but not where others have what it lacks: it would
+    The models are in a process of its own (`serving.holder`), which ends with it, and it with that process.
+
+    One that cannot load comes up all the same, to say why; but not where others have what it lacks: it would
     be less busy than they are, and take their requests only to refuse them. Ray then tries again.
 
     Args:
@@ -45,39 +45,43 @@ class EngineReplica:
 
     Raises:
         UnavailableError: If others have what this one could not load.
+        ServiceError: If the process does not come up.
     """
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
-        from regraft.tracking.registry import Registry
-
-        self._settings = EndpointSettings.model_validate(settings)
-        section = self._settings.serve
-        self._registry = Registry(self._settings.tracking_uri, self._settings.cache)
-        self._shelf = Shelf(
-            make_loader(self._settings, self._registry),
-            spare=section.keep_versions,
-            retry_seconds=section.poll_seconds,
-        )
-        self._known: dict[int, ModelVersion] = {}
-        self._intake = Intake(self.generate)
-        wrong = await self._load_those_with_a_role()
-        self._loaded_first = [loaded.version.served_id for loaded in self._shelf.loaded]
+        given = EndpointSettings.model_validate(settings)
+        self._holder = await HolderProcess.start(given)
+        try:
+            wrong = await self._holder.call("load_those_with_a_role")
+        except ConnectionResetError as error:
+            status = await self._holder.ended()
+            raise ServiceError(
+                f"the process that holds the models ended with status {status} while it loaded them",
+                "see the log of this replica; the system ends with -9 what takes more memory than there is",
+            ) from error
         if wrong:
             logger.warning("loading what has a role: %s", wrong)
             others = await _loaded_by_others()
-            lacking = others if _EVERYTHING in wrong else others.intersection(wrong)
+            lacking = others if EVERYTHING in wrong else others.intersection(wrong)
             if lacking:
                 named, why = ", ".join(sorted(lacking)), "; ".join(wrong.values())
                 raise UnavailableError(f"other replicas have {named}, which this one could not load: {why}")
-        self._address = await self._open() if section.direct else None
+        self._address = await self._open() if given.serve.direct else None
+        self._asked_to_end = False
+        self._watching = asyncio.get_running_loop().create_task(self._end_with_it())
 
     async def address(self) -> Address | None:
         """Where the gateways of this machine may ask without Ray between them, if they may."""
         return self._address
 
+    async def check_health(self) -> None:
+        """Called by Ray, which replaces a replica that does not answer here."""
+        await self._holder.call("state")
+
     async def __del__(self) -> None:
         """Called by Ray before it ends the replica; answers what has begun."""
-        await self._intake.drain()
+        self._asked_to_end = True
+        await self._holder.end()
 
     async def prepare(self, number: int, kept: Sequence[int]) -> Prepared:
         """Load a version, if it is not loaded.
@@ -89,91 +93,41 @@ class EngineReplica:
         Raises:
             UnavailableError: If it does not load.
         """
-        self._shelf.keep(kept)
-        loaded = await self._ensure(number, kept)
-        return Prepared(loaded.engine.context_length, loaded.engine.vocabulary)
+        return Prepared(**await self._holder.call("prepare", number, kept))
 
     async def keep(self, numbers: Sequence[int]) -> None:
         """Hear which versions have a role."""
-        self._shelf.keep(numbers)
+        await self._holder.call("keep", numbers)
 
     async def generate(
         self, number: int, request: GenerationRequest, kept: Sequence[int]
     ) -> AsyncGenerator[Said, None]:
-        """Answer with a version; a request that nobody watches is answered in one piece.
-
-        Args:
-            number: The version.
-            request: What is asked.
-            kept: Versions that have a role; one that has got it since this replica started may be missing.
-        """
+        """Answer with a version, for gateways that ask through Ray; see `serving.holder.Holder.generate`."""
+        call = self._holder.ask(number, request, kept)
         try:
-            loaded = self._shelf.hold(await self._ensure(number, kept))
-        except Exception as error:
-            yield [Failed("unavailable", str(error))]
-            return
-        try:
-            async with aclosing(loaded.engine.submit(request)) as events:
-                if request.whole:
-                    yield [event async for event in events]
-                else:
-                    async for event in events:
-                        yield [event]
-        except QueueFullError as error:
-            yield [Failed("full", str(error))]
-        except EngineClosedError as error:
-            yield [Failed("closed", str(error))]
-        except EngineError as error:
-            yield [Failed("engine", str(error))]
+            async for said in call:
+                yield said
         finally:
-            self._shelf.release(loaded)
+            call.cancel()
 
     async def state(self) -> dict[str, Any]:
         """What is loaded here, what was before the first request could come, and how many came directly."""
-        return {
-            "loaded_first": self._loaded_first,
-            "loaded": {loaded.version.served_id: loaded.references for loaded in self._shelf.loaded},
-            "load_errors": self._shelf.failures,
-            "asked_directly": self._intake.taken,
-        }
+        found: dict[str, Any] = await self._holder.call("state")
+        return found
 
     async def _open(self) -> Address | None:
         from ray import get_runtime_context
 
-        try:
-            return await self._intake.open(get_runtime_context().get_node_id())
-        except OSError as error:
-            logger.warning("gateways ask through Ray Serve, as there is no socket for them: %s", error)
-            return None
+        found = await self._holder.call("open", get_runtime_context().get_node_id())
+        return Address(**found) if found else None
 
-    async def _load_those_with_a_role(self) -> dict[str, str]:
-        """Load them; gives what is lacking now, and why."""
-        section = self._settings.serve
-        try:
-            aliases = await asyncio.to_thread(self._registry.aliases, self._settings.name)
-        except Exception as error:
-            return {_EVERYTHING: brief(error)}
-        numbers = [*section.pinned, *(aliases[a] for a in section.followed if a in aliases)]
-        wrong = {}
-        for number in numbers:
-            try:
-                await self._ensure(number, numbers)
-            except UnavailableError as error:
-                wrong[f"{self._settings.name}/{number}"] = str(error)
-        return wrong
-
-    async def _ensure(self, number: int, kept: Sequence[int]) -> Loaded:
-        loaded = self._shelf.get(number)
-        if loaded is not None:
-            return loaded
-        self._shelf.keep(kept)
-        if number not in self._known:  # versions never change
-            try:
-                found = await asyncio.to_thread(self._registry.version, self._settings.name, number)
-            except Exception as error:
-                raise UnavailableError(f"version {number} is not known here: {brief(error)}") from error
-            self._known[number] = found
-        return await self._shelf.ensure(self._known[number])
+    async def _end_with_it(self) -> None:
+        """End as a process does that is killed: who waits for this replica asks another at once."""
+        status = await self._holder.ended()
+        if not self._asked_to_end:
+            logger.critical("the process that holds the models ended with status %s", status)
+            logging.shutdown()
+            os._exit(1)
 
 
 async def _loaded_by_others() -> set[str]:

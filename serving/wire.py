@@ -21,6 +21,8 @@ from serving.engines.base import Event, Finished, GenerationRequest, TextDelta, 
 VERSION = 1
 #: A request is some tokens' numbers, and stop strings; its HTTP body has a bound of a mebibyte.
 MAX_FRAME = 16 << 20
+#: What a replica lacks that could not ask which versions have a role.
+EVERYTHING = "whatever has a role"
 logger = logging.getLogger(__name__)
 _LENGTH = struct.Struct(">I")
 

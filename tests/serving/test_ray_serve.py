@@ -5,11 +5,13 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from regraft.config import ServeSection
@@ -249,7 +251,18 @@ def test_replicas_are_asked_without_ray(here: Here) -> None:
     asyncio.run(run())
 
 
-def test_a_replica_that_is_killed_costs_nobody_an_answer_that_had_not_begun(here: Here) -> None:
+def holders() -> list[psutil.Process]:
+    """The processes of the replicas that hold models."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "serving.holder" in process.cmdline():
+                found.append(process)
+    return found
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the replica", "its process alone"])
+def test_a_replica_that_is_killed_costs_nobody_an_answer_that_had_not_begun(here: Here, whole: bool) -> None:
     import ray
     from ray.util import list_named_actors
 
@@ -264,9 +277,15 @@ def test_a_replica_that_is_killed_costs_nobody_an_answer_that_had_not_begun(here
         task = asyncio.create_task(crowd(here, over, streams=False, clients=5))
         while sum((await asyncio.to_thread(loads, here)).values()) < 3:
             pass
-        victims = engines()
-        assert len(victims) == 2
-        ray.kill(ray.get_actor(victims[0], namespace="serve"))
+        victims, held = engines(), holders()
+        assert len(victims) == len(held) == 2
+        if whole:
+            ray.kill(ray.get_actor(victims[0], namespace="serve"))
+        else:
+            held[0].kill()
+        async with asyncio.timeout(60):
+            while all(process.is_running() for process in held):
+                await asyncio.sleep(0.05)
         for _ in range(20):  # answers of the one that is left
             await asyncio.to_thread(
                 here.client(60).chat.completions.create, model="support", messages=CHAT, max_tokens=4
