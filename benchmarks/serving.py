@@ -9,7 +9,8 @@
     python benchmarks/serving.py --quick
     python benchmarks/serving.py --parts engine --streams 8,32,64
 
-All sides answer on one machine with one thread, by turns, and speed is that of the median round. Work of vLLM
+All sides answer on one machine with one thread, by turns, and speed is that of the median round. On CUDA,
+where tokens a second are counted instead, `--shape llama-1b` takes a model large enough for a GPU. Work of vLLM
 counts with its own HTTP server, the slots' without one. `switch` and `kill` ask a small model with random
 weights, so that two cores can follow 50 requests a second; `http` asks both models.
 
@@ -34,7 +35,7 @@ from serving_endpoint import Registered, register
 from serving_engines import Engines
 from serving_faults import kill, switch
 from serving_http import added_latency
-from serving_models import make_tiny
+from serving_models import SHAPES, make_shaped, make_tiny
 
 DATA = Path(__file__).parents[1] / "examples/utility-support/data"
 PARTS = ("engine", "vllm", "http", "switch", "kill")
@@ -58,6 +59,9 @@ def main() -> None:
     )
     words.add_argument("--parts", default=",".join(PARTS), help="which to measure, by commas")
     words.add_argument("--model", default="bundled:smollm2-135m-instruct")
+    words.add_argument(
+        "--shape", choices=SHAPES, help="in engine and vllm a model of random weights of this shape instead"
+    )
     words.add_argument("--streams", default="32", help="requests at once; several by commas")
     words.add_argument("--tokens", type=int, help="of each answer in engine and vllm; 64, with --quick 32")
     words.add_argument(
@@ -93,14 +97,18 @@ def engines(settings: argparse.Namespace, parts: list[str], folder: Path) -> dic
     from regraft.data.chats import read_chats
     from regraft.models import load_tokenizer, pick_device, prompt_ids, resolve
 
-    device, found = pick_device("auto"), resolve(settings.model, None, say)
-    words = load_tokenizer(found.path)
+    device = pick_device("auto")
+    if settings.shape:
+        model = make_shaped(settings.shape, folder / settings.shape, device)
+    else:
+        model = resolve(settings.model, None, say).path
+    words = load_tokenizer(model)
     prompts = [prompt_ids(words, e.prompt) for e in read_chats(DATA / "evaluation.jsonl")]
     counts = [int(n) for n in settings.streams.split(",")]
     tokens = settings.tokens or (32 if settings.quick else 64)
     rounds = 2 if settings.quick else 5
     measured: dict[str, Any] = {}
-    sides = Engines(found.path, folder, device, prompts, tokens=tokens, most=max(counts), say=say)
+    sides = Engines(model, folder, device, prompts, tokens=tokens, most=max(counts), say=say)
     for count in counts:
         whole = count == 32 or len(counts) == 1
         if "engine" in parts:
@@ -111,7 +119,7 @@ def engines(settings: argparse.Namespace, parts: list[str], folder: Path) -> dic
                     "mixed_adapters_cost": round(made["slots"] / made["mixed"], 3),
                     "tokens_per_s": round(made["slots"], 1),
                 }
-        if "vllm" in parts and whole and device == "cpu" and settings.vllm_python:
+        if "vllm" in parts and whole and settings.vllm_python:
             made = sides.beside_vllm(Path(settings.vllm_python), count, 1 if settings.quick else 3)
             for key, what in {"": "base", "_lora": "lora"}.items():
                 ratio = made[f"slots, {what}"] / made[f"vllm, {what}"]

@@ -64,7 +64,9 @@ class Engines:
         loras = [{"name": "lora", "rank": rank} for rank in RANKS]
         kinds = {"mixed": MIXED, "lora": loras}
         self.files = {
-            name: [make_adapter(s, model, folder / f"{name}-{n}") for n, s in enumerate(settings)]
+            name: [
+                make_adapter(s, model, folder / f"{name}-{n}", device=device) for n, s in enumerate(settings)
+            ]
             for name, settings in kinds.items()
         }
         limits = EngineLimits(max_batch=most, max_queued=most, threads=1)
@@ -91,6 +93,8 @@ class Engines:
     def beside_generate(self, streams: int, few: int, rounds: int) -> dict[str, float]:
         """The median speed of `sequential`, `slots` and `mixed`, by turns, in tokens a CPU-second.
 
+        On CUDA in tokens a second that passes, as all others.
+
         Args:
             streams: Requests at once.
             few: How many `generate` answers one after another.
@@ -112,7 +116,9 @@ class Engines:
         asked, found = self._asked(streams), {}
         for what, adapters in {"base": [], "lora": self.files["lora"]}.items():
             with (
-                VllmSide(python, self.model, adapters, core=self.core, streams=streams) as vllm,
+                VllmSide(
+                    python, self.model, adapters, core=None if self._cuda else self.core, streams=streams
+                ) as vllm,
                 _endless(self._slots),
             ):
                 vllm.answer(asked, 8)  # warm up
@@ -134,7 +140,10 @@ class Engines:
         for _ in range(rounds):
             for name, work in sides.items():
                 made[name].append(work())
-        middle = {n: statistics.median(r.tokens / r.cpu_seconds for r in own) for n, own in made.items()}
+        middle = {
+            n: statistics.median(r.tokens / (r.seconds if self._cuda else r.cpu_seconds) for r in own)
+            for n, own in made.items()
+        }
         passed = {n: statistics.median(r.tokens / r.seconds for r in own) for n, own in made.items()}
         unit = "s" if self._cuda else "CPU-s"
         for name in sides:
@@ -144,12 +153,12 @@ class Engines:
         return middle
 
     def _timed(self, work: Callable[[], int]) -> Round:
-        """CPU time on a CPU, for other work on the machine disturbs that least; else time that passes."""
+        """On a CPU its own time is what counts: other work on the machine disturbs that least."""
         spent, began = time.process_time(), time.perf_counter()
         with self.bound():
             tokens = work()
         spent, passed = time.process_time() - spent, time.perf_counter() - began
-        return Round(tokens, passed if self._cuda else spent, passed)
+        return Round(tokens, spent, passed)
 
     def _together(self, versions: str, prompts: Sequence[Prompt]) -> Round:
         return self._timed(lambda: at_once(self._versions[versions], prompts, self.tokens))

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,13 +47,13 @@ class Round(NamedTuple):
 
 
 class VllmSide:
-    """A vLLM on one core, in bf16.
+    """A vLLM on one core, or on CUDA, in bf16.
 
     Args:
         python: The interpreter that has it.
         model: Folder of the base model.
         adapters: Folders of LoRA adapters, which requests take by turns; none for the base alone.
-        core: To bind it to.
+        core: To bind it to; None for CUDA.
         streams: Requests at once.
 
     Raises:
@@ -61,13 +61,15 @@ class VllmSide:
     """
 
     def __init__(
-        self, python: Path, model: Path, adapters: Sequence[Path], *, core: int, streams: int
+        self, python: Path, model: Path, adapters: Sequence[Path], *, core: int | None, streams: int
     ) -> None:
         from serving.engines.vllm import BASE
         from serving.engines.vllm_process import Bound, VllmProcess
 
         arguments = [f"--model={model}", f"--served-model-name={BASE}", "--dtype=bfloat16"]
-        arguments += [f"--max-num-seqs={streams}", f"--kv-cache-memory-bytes={2**30}"]
+        # On CUDA the other side is in the same memory: no share of it, but as much as the requests need.
+        room = 2**30 if core is not None else 8 * 2**30
+        arguments += [f"--max-num-seqs={streams}", f"--kv-cache-memory-bytes={room}", "--max-model-len=2048"]
         arguments += [
             "--generation-config=vllm",
             "--no-enable-prefix-caching",
@@ -79,8 +81,11 @@ class VllmSide:
             arguments += ["--enable-lora", f"--max-lora-rank={held}", f"--max-loras={len(adapters)}"]
         self._folder = tempfile.TemporaryDirectory()
         log = Path(self._folder.name) / "vllm.log"
-        with bound_to(core):  # which a child takes over, with all of its own
-            self._server = VllmProcess(python, arguments, Bound(1, "cpu", str(core)), log, 600, lambda: None)
+        bound = Bound(1, "cuda") if core is None else Bound(1, "cpu", str(core))
+        with (
+            nullcontext() if core is None else bound_to(core)
+        ):  # which a child takes over, with all of its own
+            self._server = VllmProcess(python, arguments, bound, log, 600, lambda: None)
         self._names = [f"adapter-{n}" for n in range(len(adapters))] or [BASE]
         for name, files in zip(self._names, adapters, strict=False):
             body = {"lora_name": name, "lora_path": str(files.resolve())}
