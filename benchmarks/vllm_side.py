@@ -70,6 +70,8 @@ class VllmSide:
         # On CUDA the other side is in the same memory: no share of it, but as much as the requests need.
         room = 2**30 if core is not None else 8 * 2**30
         arguments += [f"--max-num-seqs={streams}", f"--kv-cache-memory-bytes={room}", "--max-model-len=2048"]
+        if core is None:  # it asks for so much to be free before it starts
+            arguments += ["--gpu-memory-utilization=0.3"]
         arguments += [
             "--generation-config=vllm",
             "--no-enable-prefix-caching",

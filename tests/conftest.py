@@ -15,6 +15,8 @@ os.environ.setdefault("REGRAFT_KERNELS", "0")
 # Tests run in as many processes as there are cores: with more threads than that, those that share work out
 # wait for each other's turn, which took ten times as long. Read when torch is imported, and handed down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Kernels for GPUs run on a CPU then; read when Triton is first imported, by whomever.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

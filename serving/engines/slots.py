@@ -28,6 +28,7 @@ from serving.engines.base import (
     Stream,
 )
 from serving.engines.compiled import kernels
+from serving.engines.device_layers import fuse_on_device
 from serving.engines.layers import fuse
 from serving.engines.mixed import Mix, alike
 from serving.engines.packed import pack
@@ -71,6 +72,7 @@ class SlotsBase:
         self._loops = kernels(base)
         self.mix = Mix(base)
         fuse(base, self.mix, limits.max_batch)
+        fuse_on_device(base, self.mix)
         self.encoding = threading.Lock()
         self._changed = threading.Condition()
         self._waiting: deque[_Asked] = deque()

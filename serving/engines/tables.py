@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from serving.engines.adapters import Adapter
+
+if TYPE_CHECKING:
+    from serving.engines.device_tables import Group
 
 
 class LayerTables(NamedTuple):
@@ -47,6 +50,7 @@ class Tables:
 
     Attributes:
         layers: Those that any of the adapters changes, by name.
+        wide: Vectors of all layers side by side: (places, widths); None if there are none.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
@@ -57,11 +61,19 @@ class Tables:
         self._width = 0
         names = dict.fromkeys(n for a in adapters for n in (*a.low_rank, *a.in_scale, *a.out_scale))
         self.layers = {name: self._layer(name) for name in names}
-        #: Vectors of all layers side by side: (places, widths).
-        self._wide = torch.cat(self._vectors, dim=1) if self._vectors else None
+        self.wide = torch.cat(self._vectors, dim=1) if self._vectors else None
         self._vectors.clear()
         self._at = -1
         self._looked_up: tuple[list[torch.Tensor], torch.Tensor | None] = ([], None)
+        self._groups: dict[tuple[str, ...], Group | None] = {}
+
+    def group(self, names: tuple[str, ...], sizes: Sequence[int]) -> Group | None:
+        """The set as kernels of a GPU read it, for layers that read the same; see `device_tables.group`."""
+        if names not in self._groups:
+            from serving.engines.device_tables import group
+
+            self._groups[names] = group(self, self._adapters, names, sizes)
+        return self._groups[names]
 
     def of_rows(self, own: LayerTables, rows: torch.Tensor, changes: int) -> RowTables:
         """What each row of the batch has; looked up anew only where the rows are others than before.
@@ -73,7 +85,7 @@ class Tables:
         """
         if self._at != changes:
             owners = [t.index_select(0, rows) for t in self._owners.values()]
-            wide = None if self._wide is None else self._wide.index_select(0, rows)
+            wide = None if self.wide is None else self.wide.index_select(0, rows)
             self._looked_up, self._at = (owners, wide), changes
         owners, wide = self._looked_up
         vectors = (own.in_scale, own.out_scale, own.out_shift)
