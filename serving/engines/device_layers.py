@@ -75,8 +75,8 @@ class _Lines:
                 return y if residual is None else y.add_(residual)
             return torch.addmm(residual, x, self.weight.t())
         read = x
-        if own.in_scale is not None:
-            read = (x * own.vectors[:, own.in_scale].index_select(0, mix.rows)).to(x.dtype)
+        if own.in_scales[0] is not None:
+            read = (x * own.vectors[:, own.in_scales[0]].index_select(0, mix.rows)).to(x.dtype)
         y = nn.functional.linear(read, self.weight, self.bias)
         return kernels.adapt(x, y, mix.rows, own, residual)
 
@@ -124,6 +124,8 @@ class DeviceLayer:
         """Hold the weights as the products read them."""
         for lines in (self._qkv, self._gate_up, self._o, self._down):
             lines.lay_together()
+            for index, name in enumerate(lines.names):
+                self._mix.together[name] = (lines.names, lines.sizes, index)
 
     def __call__(
         self,
@@ -144,6 +146,7 @@ class DeviceLayer:
             or not mask.is_floating_point()
             or tuple(mask.shape) != (len(x), 1, 1, slots.fixed.columns)
             or not x.is_contiguous()
+            or (self._mix.changed and not self._mix.by_kernels)
             or not all(lines.understood(self._mix) for lines in (self._qkv, self._gate_up))
         ):
             return self.plain(
@@ -183,7 +186,7 @@ def usable(base: Any) -> bool:
 
 @torch.no_grad()
 def fuse_on_device(base: nn.Module, mix: Mix) -> int:
-    """Replace the layers of a model that can be, before it has adapters.
+    """Have kernels take rows through adapters, and replace the layers that can be, before there are adapters.
 
     Args:
         base: The transformers model.
@@ -194,6 +197,12 @@ def fuse_on_device(base: nn.Module, mix: Mix) -> int:
     """
     if not usable(base):
         return 0
+    try:
+        _try_kernels(base)
+    except Exception as error:  # Triton needs a C compiler, and not every machine has one
+        _log.warning("decodes without kernels of its own: %s: %s", type(error).__name__, _first_line(error))
+        return 0
+    mix.by_kernels = True
     count = 0
     for name, module in list(base.named_modules()):
         if module._modules.keys() != _PARTS or not _written_as(module, "LlamaDecoderLayer"):
@@ -206,13 +215,23 @@ def fuse_on_device(base: nn.Module, mix: Mix) -> int:
             layer.lay_together()
             if not _is_right(layer, base):
                 continue
-        except Exception as error:  # it only bears the names, or this machine cannot compile
-            _log.info("%s is decoded by torch alone: %s: %s", name, type(error).__name__, error)
-            if not isinstance(error, ValueError):
-                return count
+        except Exception as error:  # it only bears the names
+            _log.info("%s is decoded by torch: %s: %s", name, type(error).__name__, _first_line(error))
             continue
         module.forward, count = layer, count + 1
     return count
+
+
+def _try_kernels(base: Any) -> None:
+    from serving.engines import device_kernels
+
+    some = torch.ones(1, 16, device=base.device, dtype=base.dtype)
+    if (device_kernels.norm(some, some[0], 1e-6) - some).abs().max() > 0.01:
+        raise RuntimeError("a kernel does not compute what it should")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _written_as(module: Any, known: str) -> bool:

@@ -11,7 +11,7 @@ from serving.engines.adapters import Adapter
 from serving.engines.tables import Tables
 
 #: Outputs of a program, at most and at least: as many as the widths of all layers can be divided by.
-_MOST, _LEAST = 128, 16
+_MOST, _LEAST = 256, 16
 
 
 class Group(NamedTuple):
@@ -29,7 +29,7 @@ class Group(NamedTuple):
             begin, or -1; of shape (layers, 4).
         vectors: Of (places, widths).
         scaled: Whether any outputs are scaled or shifted.
-        in_scale: Columns of `vectors` with scales of inputs, if the only layer has such.
+        in_scales: By layer: columns of `vectors` with scales of its inputs, or None.
     """
 
     layers: int
@@ -42,7 +42,7 @@ class Group(NamedTuple):
     layout: torch.Tensor
     vectors: torch.Tensor
     scaled: bool
-    in_scale: slice | None
+    in_scales: tuple[slice | None, ...]
 
 
 def block_of(sizes: Sequence[int]) -> int:
@@ -68,16 +68,10 @@ def group(
 
     Returns:
         It; None if it changes nothing there.
-
-    Raises:
-        ValueError: If inputs are scaled that several layers read.
     """
     known = [tables.layers.get(name) for name in names]
     if not any(known):
         return None
-    in_scale = next((own.in_scale for own in known if own is not None and own.in_scale is not None), None)
-    if in_scale is not None and len(names) > 1:
-        raise ValueError("inputs are scaled that several layers read")
     downs: list[torch.Tensor] = []
     ups: list[torch.Tensor] = []
     ranks = torch.zeros(len(adapters), len(names), 3, dtype=torch.long)
@@ -118,5 +112,23 @@ def group(
         layout=torch.tensor(layout, device=device),
         vectors=nothing if tables.wide is None else tables.wide,
         scaled=any(entry[2] >= 0 or entry[3] >= 0 for entry in layout),
-        in_scale=in_scale,
+        in_scales=tuple(None if own is None else own.in_scale for own in known),
+    )
+
+
+def part(of: Group, index: int) -> Group | None:
+    """One of its layers, for itself; None if nothing is changed there."""
+    ranks, in_scale = of.ranks[:, index : index + 1], of.in_scales[index]
+    _, size, scale_at, shift_at = of.layout[index].tolist()
+    most, scaled = int(ranks[..., 1].max()), scale_at >= 0 or shift_at >= 0
+    if not most and not scaled and in_scale is None:
+        return None
+    return of._replace(
+        layers=1,
+        most=most,
+        ranks=ranks.contiguous(),
+        blocks=torch.zeros_like(of.blocks[: size // of.block]),
+        layout=torch.tensor([[0, size, scale_at, shift_at]], device=of.layout.device),
+        scaled=scaled,
+        in_scales=(in_scale,),
     )

@@ -12,6 +12,7 @@ from torch import nn
 
 from serving.engines.adapters import Adapter
 from serving.engines.compiled import kernels
+from serving.engines.device_tables import block_of
 from serving.engines.looped import MOST_OF_PROMPTS, MOST_RANKS, Looped, laid_out
 from serving.engines.tables import LayerTables, RowTables, Tables
 
@@ -51,12 +52,14 @@ class MixedLinear(nn.Module):
             return mix.looped.output(self.name, self.inner, x)
         if not mix.changed:
             return self.inner(x)  # type: ignore[no-any-return]
-        if x.shape[1] > 1 and mix.spans_apart:
+        if x.shape[1] > 1 and mix.spans_apart and not mix.by_kernels:
             return self._by_span(x)
         tables = mix.tables
         own = None if tables is None else tables.layers.get(self.name)
         if tables is None or own is None:
             return self.inner(x)  # type: ignore[no-any-return]
+        if mix.by_kernels:
+            return self._by_kernels(x, tables)
         return self._together(x, own, tables.of_rows(own, mix.rows, mix.changes))
 
     def _together(self, x: torch.Tensor, own: LayerTables, here: RowTables) -> torch.Tensor:
@@ -78,6 +81,23 @@ class MixedLinear(nn.Module):
         if here.out_shift is not None:
             y = y + here.out_shift
         return y.to(x.dtype)
+
+    def _by_kernels(self, x: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """Each row through its own adapter, on a GPU."""
+        from serving.engines import device_kernels
+
+        alone = ((self.name,), (int(self.inner.out_features),), 0)  # type: ignore[arg-type]
+        own, rows = tables.part(*self._mix.together.get(self.name, alone)), self._mix.rows
+        if own is None:
+            return self.inner(x)  # type: ignore[no-any-return]
+        (scale,) = own.in_scales
+        read = x
+        if scale is not None:
+            read = (x * own.vectors[:, scale].index_select(0, rows)[:, None]).to(x.dtype)
+        x, y = x.contiguous(), self.inner(read).contiguous()
+        if x.shape[1] > 1:
+            return device_kernels.adapt_prompts(x, y, rows, own)
+        return device_kernels.adapt(x[:, 0], y[:, 0], rows, own, None)[:, None]
 
     def _by_span(self, x: torch.Tensor) -> torch.Tensor:
         """Rows with many tokens: neighbours of one adapter go through that alone, others through none."""
@@ -133,6 +153,10 @@ class Mix:
         #: Neighbours of one adapter, and whether prompts go through the layers span by span.
         self.spans: list[tuple[slice, Adapter]] = []
         self.spans_apart = True
+        #: Whether a GPU's kernels take each row through its adapter (`serving.engines.device_kernels`).
+        self.by_kernels = False
+        #: For layers that read the same and are one product there: their names, outputs, and which one it is.
+        self.together: dict[str, tuple[tuple[str, ...], tuple[int, ...], int]] = {}
         #: How often the rows were others than before.
         self.changes = 0
         self._numbers: tuple[int, ...] = ()
@@ -144,6 +168,10 @@ class Mix:
             if name not in self._wrapped:
                 parent, _, last = name.rpartition(".")
                 inner = self._base.get_submodule(name)
+                if self.by_kernels and not block_of([inner.out_features]):
+                    self.by_kernels = False  # it has an odd width
+                    self._stacked.clear()
+                    self._numbers, self._tables = (-1,), None
                 self._wrapped[name] = MixedLinear(name, inner, self)
                 setattr(self._base.get_submodule(parent), last, self._wrapped[name])
         number, self._next = self._next, self._next + 1
@@ -200,7 +228,7 @@ class Mix:
         if self._tables is None and self._key:
             while len(self._stacked) >= _KEPT:
                 self._stacked.pop(next(iter(self._stacked)))
-            self._tables = Tables([self._adapters[n] for n in self._key])
+            self._tables = Tables([self._adapters[n] for n in self._key], stacked=not self.by_kernels)
             self._stacked[self._key] = self._tables
         return self._tables
 

@@ -48,13 +48,17 @@ class Tables:
     What rows are looked up in lies together for all layers, so that a batch costs a few look-ups and not a
     few for each layer.
 
+    Args:
+        adapters: The set.
+        stacked: Whether batches go through all adapters, and not by kernels of a GPU, which read `group`s.
+
     Attributes:
         layers: Those that any of the adapters changes, by name.
         wide: Vectors of all layers side by side: (places, widths); None if there are none.
     """
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
-        self._adapters = adapters
+    def __init__(self, adapters: Sequence[Adapter], *, stacked: bool = True) -> None:
+        self._adapters, self._stacked = adapters, stacked
         #: By whose ranks follow one another: (places, ranks), 1 where it is the place's own.
         self._owners: dict[tuple[int, ...], torch.Tensor] = {}
         self._vectors: list[torch.Tensor] = []
@@ -66,6 +70,7 @@ class Tables:
         self._at = -1
         self._looked_up: tuple[list[torch.Tensor], torch.Tensor | None] = ([], None)
         self._groups: dict[tuple[str, ...], Group | None] = {}
+        self._parts: dict[str, Group | None] = {}
 
     def group(self, names: tuple[str, ...], sizes: Sequence[int]) -> Group | None:
         """The set as kernels of a GPU read it, for layers that read the same; see `device_tables.group`."""
@@ -74,6 +79,16 @@ class Tables:
 
             self._groups[names] = group(self, self._adapters, names, sizes)
         return self._groups[names]
+
+    def part(self, names: tuple[str, ...], sizes: Sequence[int], index: int) -> Group | None:
+        """The same for one of them."""
+        key = names[index]
+        if key not in self._parts:
+            from serving.engines.device_tables import part
+
+            whole = self.group(names, sizes)
+            self._parts[key] = None if whole is None else part(whole, index)
+        return self._parts[key]
 
     def of_rows(self, own: LayerTables, rows: torch.Tensor, changes: int) -> RowTables:
         """What each row of the batch has; looked up anew only where the rows are others than before.
@@ -98,7 +113,7 @@ class Tables:
         found = [
             (place, a.low_rank[name], a.out_scale.get(name))
             for place, a in enumerate(self._adapters)
-            if name in a.low_rank
+            if name in a.low_rank and self._stacked
         ]
         ups = [up if scale is None else up * scale[:, None] for _, (_, up), scale in found]
         down = torch.cat([down for _, (down, _), _ in found]).t().contiguous() if found else None

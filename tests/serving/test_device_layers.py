@@ -18,10 +18,8 @@ from serving.engines import device_layers
 from serving.engines import slots as slots_engine
 from serving.engines.adapters import Adapter, read_adapter
 from serving.engines.base import EngineLimits, GenerationRequest
-from serving.engines.device_tables import group
 from serving.engines.mixed import Mix, MixedLinear
 from serving.engines.slots import SlotEngine, SlotsBase
-from serving.engines.tables import Tables
 
 pytest.importorskip("triton")
 from serving.engines import device_kernels
@@ -121,20 +119,24 @@ def test_each_row_goes_through_its_own_adapter(names: tuple[str, ...]) -> None:
     wanted = torch.cat([layer(x[:, None])[:, 0] for layer in mixed], 1)
 
     parent = SimpleNamespace(**layers)
+    prompts = torch.randn(len(rows), 37, inputs, dtype=torch.bfloat16)
+    wanted_of_prompts = torch.cat([layer(prompts) for layer in mixed], 2)
+    mix.by_kernels, mix.spans_apart = True, False
+    mix._stacked.clear()
+    mix.select([0])
+    mix.select(rows)
     lines = device_layers._Lines(parent, names)
     assert lines.understood(mix)
     lines.lay_together()
+    mix.together = {name: (names, (outputs,) * len(names), n) for n, name in enumerate(names)}
+    for given, expected in ((prompts, wanted_of_prompts), (x[:, None], wanted[:, None])):
+        found = torch.cat([layer(given) for layer in mixed], 2)
+        torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
     torch.testing.assert_close(lines.output(x, mix), wanted, atol=0.02, rtol=0.02)
     torch.testing.assert_close(lines.output(x, mix, residual), wanted + residual, atol=0.04, rtol=0.02)
     mix.select([0] * len(rows))
     plain = torch.cat([layer(x) for layer in layers.values()], 1)
     torch.testing.assert_close(lines.output(x, mix, residual), plain + residual, atol=0.02, rtol=0.02)
-
-
-def test_inputs_that_several_layers_read_are_not_scaled() -> None:
-    adapter = random_adapter(0, "a", inputs=8, outputs=16, vectors=True)
-    with pytest.raises(ValueError, match="scaled"):
-        group(Tables([Adapter(), adapter]), [Adapter(), adapter], ("a", "b"), (16, 16))
 
 
 def test_recorded_steps_of_all_kinds_go_through_the_kernels(
