@@ -28,7 +28,7 @@ _PROGRAMS, _LEAST_COLUMNS = 264, 256
 #: Inputs and ranks of an adapter that a program takes together for a row, and inputs, ranks and tokens for
 #: prompts.
 _INPUTS, _RANKS = 2048, 4
-_PROMPT_INPUTS, _PROMPT_RANKS, _TOKENS = 64, 16, 32
+_PROMPT_INPUTS, _PROMPT_RANKS, _TOKENS = 128, 16, 16
 #: Triton's interpreter (3.9) multiplies matrices of bf16 wrongly, as numpy has no such type.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -236,7 +236,7 @@ def _shrink_prompts(
             read = tl.load(here, known[:, None] & inside[None, :], 0.0).to(tl.float32)
             there = (of < rank)[None, :] & inside[:, None]
             low = tl.load(down + (start + of)[None, :] * inputs + at[:, None], there, 0.0)
-            total += tl.dot(read, low, input_precision="ieee")
+            total += tl.dot(read, low, input_precision="tf32x3")
         to = h + (at_token[:, None] * layers + layer) * most + of[None, :]
         tl.store(to, total, known[:, None] & (of < rank)[None, :])
 
@@ -268,7 +268,7 @@ def _expand_prompts(
             seen = h + (at_token[:, None] * layers + layer) * most + of[None, :]
             low = tl.load(seen, known & (of < rank)[None, :], 0.0)
             high = tl.load(up + offset + of[:, None] * size + own[None, :], (of < rank)[:, None], 0.0)
-            added += tl.dot(low, high, input_precision="ieee")
+            added += tl.dot(low, high, input_precision="tf32x3")
         if scaled:
             scale_at = tl.load(layout + layer * 4 + 2)
             shift_at = tl.load(layout + layer * 4 + 3)

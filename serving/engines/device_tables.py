@@ -11,7 +11,7 @@ from serving.engines.adapters import Adapter
 from serving.engines.tables import Tables
 
 #: Outputs of a program, at most and at least: as many as the widths of all layers can be divided by.
-_MOST, _LEAST = 256, 16
+_MOST, _LEAST = 128, 16
 
 
 class Group(NamedTuple):

@@ -80,6 +80,11 @@ class Row(Stream):
         self._ended = True
         self._cancelled(self)
 
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+        return self.request.max_new_tokens - self._count
+
     def begin(self) -> None:
         """Note that it waits no longer."""
         self._joined = time.perf_counter()

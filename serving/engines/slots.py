@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from transformers import DynamicCache
@@ -56,6 +56,25 @@ class _Asked(Row):
     token = 0
 
 
+class _Said(NamedTuple):
+    """A step that the device does, or has done.
+
+    Attributes:
+        rows: Whose.
+        tokens: What it says in each; there when it is over.
+        over: Happens then; None if it has.
+    """
+
+    rows: list[_Asked]
+    tokens: torch.Tensor
+    over: Any
+
+    def wait(self) -> None:
+        """Wait until it is over."""
+        if self.over is not None:
+            self.over.synchronize()
+
+
 class SlotsBase:
     """A base model in memory, and the thread that answers with it.
 
@@ -81,6 +100,8 @@ class SlotsBase:
         self._slots = Slots(base, limits.max_batch, self.mix)
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closed = False
+        #: On a GPU: the step that nobody has read yet.
+        self._said: _Said | None = None
         #: Adapters that are let go: no request may ask for one any more.
         self._removed: set[int] = set()
         self._eos = end_ids(base, tokenizer)
@@ -164,6 +185,8 @@ class SlotsBase:
                     break
                 calls, self._calls = self._calls, deque()
             with torch.inference_mode():
+                if self._said is not None and (calls or self._somebody_comes):
+                    self._said.wait()  # what it reads may be moved, or freed
                 for call, done in calls:
                     try:
                         done.set_result(call())
@@ -176,20 +199,27 @@ class SlotsBase:
                 self._sweep_out()
                 self._guarded(self._live, self._step)
                 self._sweep_out()
+        if self._said is not None:
+            self._said.wait()
         for _, done in self._calls:
             done.set_exception(EngineClosedError("this model version was unloaded"))
 
-    @staticmethod
-    def _guarded(rows: list[_Asked], work: Callable[[list[_Asked]], None]) -> None:
+    def _guarded(self, rows: list[_Asked], work: Callable[[list[_Asked]], None]) -> None:
         """Whatever goes wrong fails the rows that it went wrong for, and no others."""
         if not rows:
             return
         try:
             work(rows)
         except Exception as error:
+            self._said = None
             logger.exception("generation failed for %d requests", len(rows))
             for row in rows:
                 row.fail(EngineError(f"generation failed: {type(error).__name__}: {error}"))
+
+    @property
+    def _somebody_comes(self) -> bool:
+        """Whether there is a slot for one who waits."""
+        return bool(self._waiting) and len(self._live) < self.limits.max_batch
 
     def _next_to_join(self) -> list[_Asked]:
         """Those who wait and for whom there is a slot, as many as pass through together."""
@@ -261,8 +291,41 @@ class SlotsBase:
         return shown
 
     def _step(self, live: list[_Asked]) -> None:
-        self.mix.select([row.adapter for row in live])
-        self._say(live, self._slots.step([row.token for row in live]))
+        """Give each row another token; on a GPU the next step begins before this one's tokens are read."""
+        said, self._said = self._said, None
+        if said is None:
+            self.mix.select([row.adapter for row in live])
+            logits = self._slots.step([row.token for row in live])
+            said = self._begun(live)
+            if said is None:
+                self._say(live, logits)
+                return
+        if said.rows == live and self._may_go_on(live) and self._slots.follow():
+            self._said = self._begun(live)
+        said.wait()
+        for row, token in zip(said.rows, said.tokens.tolist(), strict=True):
+            if not row.done:
+                row.token = token
+                row.take(token, self._eos)
+
+    def _begun(self, live: Sequence[_Asked]) -> _Said | None:
+        """The step that was just started, if it is recorded and says all that is wanted of it."""
+        likeliest = self._slots.likeliest
+        if likeliest is None or not all(_says_likeliest(row) for row in live):
+            return None
+        if not likeliest.is_cuda:
+            return _Said(list(live), likeliest.clone(), None)
+        tokens = torch.empty(len(live), dtype=torch.long, pin_memory=True)
+        tokens.copy_(likeliest, non_blocking=True)
+        over = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        over.record()
+        return _Said(list(live), tokens, over)
+
+    def _may_go_on(self, live: Sequence[_Asked]) -> bool:
+        """Whether the next step will be of the same rows, unless one says an end or somebody comes."""
+        if self._closed or self._calls or self._somebody_comes:
+            return False
+        return all(not row.done and row.left > 1 for row in live)
 
     def _say(self, rows: Sequence[_Asked], logits: torch.Tensor) -> None:
         """Give each row its next token."""
@@ -292,6 +355,10 @@ class SlotsBase:
                 last = self._live.pop()
                 if slot < len(self._live):
                     self._live[slot] = last
+
+
+def _says_likeliest(row: Row) -> bool:
+    return row.request.temperature == 0 and row.request.logprobs is None
 
 
 class SlotEngine(OwnEngine):

@@ -64,7 +64,16 @@ def test_rows_of_all_kinds_are_answered_the_same(
     monkeypatch.setattr(graphs, "_STEPS_BEFORE", 0)
     for module in (slots_module, graphs):
         monkeypatch.setattr(module, "COLUMNS", 32)
+    followed: list[bool] = []
+    follow = Slots.follow
+
+    def noted(self: Slots) -> bool:
+        followed.append(follow(self))
+        return followed[-1]
+
     monkeypatch.setattr(Slots, "step_fixed", counted)
+    monkeypatch.setattr(Slots, "follow", noted)
     monkeypatch.setitem(mixed._FEW_ADAPTERS, "cpu", few)
     assert crowd(base_folder, adapters) == expected
     assert {fixed.rows for fixed in steps} >= {4, 5}
+    assert sum(followed) > 10, "steps that began before the tokens of those before them were read"

@@ -116,7 +116,13 @@ class Graphs:
         self._base, self._count, self._per_row = base, count, per_row
         # Of a step: the column it writes, slots in use; then tokens, positions and places of all slots.
         self._inputs = torch.zeros(2 + 3 * count, dtype=torch.long, device=base.device)
+        # Where they come from; two, as one may still be on its way when the next is written.
+        self._staged = [torch.zeros(2 + 3 * count, dtype=torch.long) for _ in range(2)]
+        if base.device.type == "cuda":
+            self._staged = [staged.pin_memory() for staged in self._staged]
         self._logits: torch.Tensor | None = None
+        #: The likeliest token of each row after the last recorded step; the next one overwrites them.
+        self.likeliest = torch.zeros(count, dtype=torch.long, device=base.device)
         #: Those used last come last.
         self._graphs: dict[_Key, Callable[[], None]] = {}
         self._seen: dict[_Key, int] = {}
@@ -132,12 +138,7 @@ class Graphs:
         Returns:
             The logits, which the next step overwrites; None if this step is better done without.
         """
-        tables = self._per_row.tables if self._per_row else None
-        key = _Key(
-            None if tables is None else weakref.ref(tables),
-            row_bucket(slots.used, self._count),
-            -(-(slots.end + 1) // COLUMNS) * COLUMNS,
-        )
+        key = self._key(slots)
         if key not in self._graphs:
             if key not in self._seen:
                 self._forget_dead()
@@ -161,6 +162,19 @@ class Graphs:
         assert self._logits is not None
         return self._logits[: slots.used]
 
+    def follow(self, slots: Slots) -> bool:
+        """Have the device say in every row what the last step made likeliest, and do not wait for it.
+
+        Returns:
+            Whether it does; it cannot where that step is not recorded yet.
+        """
+        graph = self._graphs.get(self._key(slots)) if self._checked else None
+        if graph is None:
+            return False
+        self._write(slots, None)
+        graph()
+        return True
+
     def drop(self) -> None:
         """Forget what was recorded: what it reads has moved."""
         self._graphs.clear()
@@ -171,13 +185,25 @@ class Graphs:
         self._graphs = {k: g for k, g in self._graphs.items() if k.tables is None or k.tables() is not None}
         self._seen = {k: n for k, n in self._seen.items() if k.tables is None or k.tables() is not None}
 
-    def _write(self, slots: Slots, tokens: Sequence[int]) -> None:
-        """Put a step's inputs where graphs read them, in one copy."""
+    def _key(self, slots: Slots) -> _Key:
+        tables = self._per_row.tables if self._per_row else None
+        return _Key(
+            None if tables is None else weakref.ref(tables),
+            row_bucket(slots.used, self._count),
+            -(-(slots.end + 1) // COLUMNS) * COLUMNS,
+        )
+
+    def _write(self, slots: Slots, tokens: Sequence[int] | None) -> None:
+        """Put a step's inputs where graphs read them, in one copy; tokens that are not given are there."""
         places = self._per_row.places if self._per_row else ()
         values = [slots.end, slots.used]
-        for some in (tokens, slots.positions, places):
+        for some in (tokens or (), slots.positions, places):
             values += [*some, *[0] * (self._count - len(some))]
-        self._inputs.copy_(torch.tensor(values))
+        self._staged.reverse()
+        self._staged[0].copy_(torch.tensor(values))
+        self._inputs.copy_(self._staged[0], non_blocking=True)
+        if tokens is None:
+            self._inputs[2 : 2 + self._count].copy_(self.likeliest)
 
     def _record(self, slots: Slots, key: _Key) -> Callable[[], None]:
         while len(self._graphs) >= _KEPT:
@@ -200,6 +226,7 @@ class Graphs:
         if self._logits is None:
             self._logits = logits.new_zeros(self._count, logits.shape[1])
         self._logits[: key.rows].copy_(logits)
+        self.likeliest[: key.rows].copy_(logits.max(-1).indices)  # quicker than `argmax`, and the same
 
     def _check(self, graph: Callable[[], None], slots: Slots, tokens: Sequence[int]) -> None:
         graph()

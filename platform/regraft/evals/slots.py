@@ -113,6 +113,8 @@ class Slots:
         self._begins: list[int] = []
         #: The position of each row's next token.
         self.positions: list[int] = []
+        #: After a recorded step the likeliest token of each row, on the device; else None.
+        self.likeliest: torch.Tensor | None = None
         #: The inputs of a step of fixed shapes while there is one.
         self.fixed: Fixed | None = None
         self._cache = DynamicCache(config=base.config)
@@ -165,6 +167,9 @@ class Slots:
         if self.end == self._capacity or self._moving_narrows():
             self._move(0)
         logits = self._graphs.step(self, tokens) if self._graphs else None
+        self.likeliest = (
+            None if logits is None or self._graphs is None else self._graphs.likeliest[: self.used]
+        )
         if logits is None:
             logits = self.step_plain(tokens)
             if self._graphs and self._graphs.failed:
@@ -172,6 +177,19 @@ class Slots:
         self.end += 1
         self.positions = [position + 1 for position in self.positions]
         return logits
+
+    def follow(self) -> bool:
+        """Say in every row the likeliest token of the last step, if that was recorded and the next one is.
+
+        The device then goes on without waiting for anybody to read what it said; see `likeliest`.
+        """
+        if self.likeliest is None or self._graphs is None or len(self.likeliest) != self.used:
+            return False
+        if self.end == self._capacity or self._moving_narrows() or not self._graphs.follow(self):
+            return False
+        self.end += 1
+        self.positions = [position + 1 for position in self.positions]
+        return True
 
     def step_plain(self, tokens: Sequence[int]) -> torch.Tensor:
         """The logits of a step, before it counts as done: doing it over changes nothing."""
