@@ -59,7 +59,7 @@ def _gate(both, out, inner, block: tl.constexpr):
 @triton.jit
 def _turn(
     qkv, cosines, sines, keys, values, end, heads, own, row_step, head_step, turn_step,
-    half: tl.constexpr, block: tl.constexpr,
+    half: tl.constexpr, block: tl.constexpr, keep: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -68,7 +68,9 @@ def _turn(
     read = qkv + (row * (heads + 2 * own) + head) * 2 * half
     first = tl.load(read + at, there, 0.0)
     second = tl.load(read + half + at, there, 0.0)
-    column = tl.load(end) * 2 * half
+    column = 0
+    if keep:
+        column = tl.load(end) * 2 * half
     if head >= heads + own:
         kept = values + row * row_step + (head - heads - own).to(tl.int64) * head_step + column
         tl.store(kept + at, first, there)
@@ -82,7 +84,7 @@ def _turn(
         one, other = first.to(tl.float32), second.to(tl.float32)
         low = (one * cos_first - other * sin_first).to(first.dtype)
         high = (other * cos_second + one * sin_second).to(first.dtype)
-        if head < heads:  # a query, which is turned where it stands
+        if head < heads or not keep:  # turned where it stands
             tl.store(read + at, low, there)
             tl.store(read + half + at, high, there)
         else:
@@ -317,7 +319,24 @@ def turn(
     turn_step = 0 if len(cosines) == 1 else cosines.stride(0)
     _turn[(len(qkv), heads + 2 * own)](
         qkv, cosines, sines, keys, values, end, heads, own, keys.stride(0), keys.stride(1), turn_step,
-        width // 2, triton.next_power_of_2(width // 2), num_warps=1,
+        width // 2, triton.next_power_of_2(width // 2), True, num_warps=1,
+    )  # fmt: skip
+
+
+def turn_prompts(qkv: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], own: int) -> None:
+    """Turn queries and keys where they stand.
+
+    Args:
+        qkv: As `turn` takes them, for each token of each row: (rows * tokens, heads, of keys, of values).
+        turns: Cosines and sines of (rows * tokens, width), without gaps.
+        own: Heads of keys.
+    """
+    cosines, sines = turns
+    width = cosines.shape[1]
+    heads = qkv.shape[1] // width - 2 * own
+    _turn[(len(qkv), heads + own)](
+        qkv, cosines, sines, qkv, qkv, qkv, heads, own, 0, 0, width,
+        width // 2, triton.next_power_of_2(width // 2), False, num_warps=1,
     )  # fmt: skip
 
 

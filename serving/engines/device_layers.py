@@ -1,9 +1,9 @@
-"""Layers that are written as Llama's, decoded on a GPU by kernels of their own between the matrix products.
+"""Layers that are written as Llama's, by kernels of their own between the matrix products of a GPU.
 
 Of a recorded step (`regraft.evals.graphs`) of 32 rows of Llama's 1B shape the products took 1.3 ms, and
-transformers' other operations 3.4 (H100, torch 2.11). Only recorded steps go this way, so that the first of
-them is held against a plain one. A layer is replaced where its code is Llama's and its numbers are the
-module's on a trial.
+transformers' other operations 3.4 (H100, torch 2.11). Prompts go this way, and of steps the recorded ones, so
+that the first of them is held against a plain one. A layer is replaced where its code is Llama's and its
+numbers are the module's on a trial.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 #: How far a layer may be from the module on a trial, as a share of its largest number: all its parts round.
 _APART = 0.05
-#: Of a trial: rows, columns, and the column that is written.
-_ROWS, _COLUMNS, _END = 3, 64, 40
+#: Of a trial: rows, columns, the column that is written, and the tokens of prompts.
+_ROWS, _COLUMNS, _END, _TOKENS = 3, 64, 40, 5
 
 
 class _Lines:
@@ -62,8 +62,17 @@ class _Lines:
                 self.bias = torch.cat([layer.bias.detach() for layer in self._layers])
         self._layers = []
 
-    def output(self, x: torch.Tensor, mix: Mix, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """What they make of (rows, inputs), side by side, with what adapters add, and the residual."""
+    def output(
+        self, x: torch.Tensor, mix: Mix, residual: torch.Tensor | None = None, tokens: int = 1
+    ) -> torch.Tensor:
+        """What they make, side by side, with what adapters add, and the residual.
+
+        Args:
+            x: Of (rows * tokens, inputs), without gaps.
+            mix: Says what the rows are.
+            residual: What is added at the end, of (rows * tokens, outputs).
+            tokens: Of each row.
+        """
         from serving.engines import device_kernels as kernels
 
         own = None
@@ -76,9 +85,13 @@ class _Lines:
             return torch.addmm(residual, x, self.weight.t())
         read = x
         if own.in_scales[0] is not None:
-            read = (x * own.vectors[:, own.in_scales[0]].index_select(0, mix.rows)).to(x.dtype)
+            scale = own.vectors[:, own.in_scales[0]].index_select(0, mix.rows)
+            read = (x.view(len(scale), tokens, -1) * scale[:, None]).to(x.dtype).view_as(x)
         y = nn.functional.linear(read, self.weight, self.bias)
-        return kernels.adapt(x, y, mix.rows, own, residual)
+        if tokens == 1:
+            return kernels.adapt(x, y, mix.rows, own, residual)
+        kernels.adapt_prompts(x.view(-1, tokens, x.shape[1]), y.view(-1, tokens, y.shape[1]), mix.rows, own)
+        return y if residual is None else y.add_(residual)
 
     def understood(self, mix: Mix) -> bool:
         """Whether adapters change no inputs that several layers read."""
@@ -102,7 +115,7 @@ class DeviceLayer:
 
     def __init__(self, name: str, module: Any, mix: Mix) -> None:
         attention, mlp = module.self_attn, module.mlp
-        self.plain, self._mix = module.forward, mix
+        self.plain, self._mix, self._attention = module.forward, mix, attention
         self._index, self._scale = attention.layer_idx, float(attention.scaling)
         if type(mlp.act_fn).__name__ not in {"SiLU", "SiLUActivation"}:
             raise ValueError("its gate is no SiLU")
@@ -136,25 +149,53 @@ class DeviceLayer:
         **more: Any,
     ) -> Any:
         """The layer's output, of shape (rows, tokens, width)."""
-        x, mask = hidden_states, attention_mask
-        slots = getattr(past_key_values.layers[self._index], "slots", None) if past_key_values else None
-        if (
-            slots is None
-            or slots.fixed is None
-            or position_embeddings is None
-            or mask is None
-            or not mask.is_floating_point()
-            or tuple(mask.shape) != (len(x), 1, 1, slots.fixed.columns)
-            or not x.is_contiguous()
-            or (self._mix.changed and not self._mix.by_kernels)
-            or not all(lines.understood(self._mix) for lines in (self._qkv, self._gate_up))
-        ):
-            return self.plain(
-                hidden_states=x, attention_mask=mask, past_key_values=past_key_values,
-                position_embeddings=position_embeddings, **more,
-            )  # fmt: skip
-        keys, values = past_key_values.layers[self._index].buffers
-        return self.decode(x, mask[:, 0, 0], (keys, values), slots.fixed.end, position_embeddings)
+        x, mask, cache, turns = hidden_states, attention_mask, past_key_values, position_embeddings
+        mix, slots, readable = self._mix, None, cache is not None and turns is not None
+        if readable and self._index < len(cache.layers):
+            slots = getattr(cache.layers[self._index], "slots", None)
+        if readable and x.is_contiguous() and (mix.by_kernels or not mix.changed) and self._understood(mix):
+            assert turns is not None
+            if x.shape[1] > 1 and slots is None:
+                return self.read(x, mask, cache, turns, **more)
+            fixed = None if slots is None else slots.fixed
+            if (
+                fixed is not None
+                and mask is not None
+                and mask.is_floating_point()
+                and tuple(mask.shape) == (len(x), 1, 1, fixed.columns)
+            ):
+                keys, values = cache.layers[self._index].buffers
+                return self.decode(x, mask[:, 0, 0], (keys, values), fixed.end, turns)
+        return self.plain(
+            hidden_states=x, attention_mask=mask, past_key_values=cache, position_embeddings=turns, **more
+        )
+
+    def _understood(self, mix: Mix) -> bool:
+        return self._qkv.understood(mix) and self._gate_up.understood(mix)
+
+    def read(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: Any, turns: Any, **more: Any
+    ) -> torch.Tensor:
+        """The output for rows of many tokens, (rows, tokens, width); attention is transformers'."""
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        from serving.engines import device_kernels as kernels
+
+        (rows, tokens, hidden), mix = x.shape, self._mix
+        before = x.view(-1, hidden)
+        (first, first_epsilon), (second, second_epsilon) = self._norms
+        qkv = self._qkv.output(kernels.norm(before, first, first_epsilon), mix, None, tokens)
+        cosines, sines = (t.expand(rows, tokens, self.width).reshape(-1, self.width) for t in turns)
+        kernels.turn_prompts(qkv, (cosines, sines), self.heads)
+        q, k, v = (
+            part.view(rows, tokens, -1, self.width).transpose(1, 2)
+            for part in torch.split(qkv, self._qkv.sizes, dim=1)
+        )
+        keys, values = cache.update(k, v, self._index)
+        seen, _ = sdpa_attention_forward(self._attention, q, keys, values, mask, scaling=self._scale, **more)
+        between = self._o.output(seen.reshape(rows * tokens, -1), mix, before, tokens)
+        both = self._gate_up.output(kernels.norm(between, second, second_epsilon), mix, None, tokens)
+        return self._down.output(kernels.gate(both), mix, between, tokens).view_as(x)
 
     def decode(
         self,
@@ -264,9 +305,20 @@ def _is_right(layer: DeviceLayer, base: Any) -> bool:
         )
         found = layer.decode(x, mask[:, 0, 0], kept[1], end, turns)
         pairs = [(wanted - x, found - x), *zip(*kept, strict=True)]
+        x = random(_ROWS, _TOKENS, layer.hidden) * spread
+        turns = (turns[0].expand(-1, _TOKENS, -1), turns[1].expand(-1, _TOKENS, -1))
+        seen = torch.ones(_TOKENS, _TOKENS, dtype=torch.bool, device=device).tril()[None, None]
+        given = {"past_key_values": SimpleNamespace(update=_forgets, layers=[]), "position_embeddings": turns}
+        wanted = layer.plain(hidden_states=x, attention_mask=seen, **given)
+        found = layer.read(x, seen, given["past_key_values"], turns)
+        pairs.append((wanted - x, found - x))
         if not all((one - other).abs().max() <= _APART * one.abs().max() for one, other in pairs):
             return False
     return True
+
+
+def _forgets(keys: torch.Tensor, values: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return keys, values
 
 
 class _Keeps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -151,11 +152,22 @@ def test_recorded_steps_of_all_kinds_go_through_the_kernels(
         monkeypatch.setattr(module, "COLUMNS", 32)
     decoded: list[int] = []
     apart: list[float] = []
-    decode, step = device_layers.DeviceLayer.decode, graphs.Graphs.step
+    read: list[tuple[int, ...]] = []
+    decode, step, plain_read = (
+        device_layers.DeviceLayer.decode,
+        graphs.Graphs.step,
+        device_layers.DeviceLayer.read,
+    )
 
     def counted(self: device_layers.DeviceLayer, x: torch.Tensor, *given: object) -> torch.Tensor:
         decoded.append(len(x))
         return decode(self, x, *given)  # type: ignore[arg-type]
+
+    def read_alike(
+        self: device_layers.DeviceLayer, x: torch.Tensor, *given: Any, **more: Any
+    ) -> torch.Tensor:
+        read.append(x.shape[:2])
+        return plain_read(self, x, *given, **more)
 
     def compared(self: graphs.Graphs, slots: Slots, tokens: list[int]) -> torch.Tensor | None:
         logits = step(self, slots, tokens)
@@ -165,6 +177,7 @@ def test_recorded_steps_of_all_kinds_go_through_the_kernels(
         return logits
 
     monkeypatch.setattr(device_layers.DeviceLayer, "decode", counted)
+    monkeypatch.setattr(device_layers.DeviceLayer, "read", read_alike)
     monkeypatch.setattr(graphs.Graphs, "step", compared)
     base = parse_method({"name": "zero_shot"}).load_base(base_folder, "bfloat16", "cpu")
     shared = SlotsBase(base, load_tokenizer(base_folder), EngineLimits(max_batch=5, max_queued=9))
@@ -180,4 +193,5 @@ def test_recorded_steps_of_all_kinds_go_through_the_kernels(
 
     asyncio.run(all_of_them())
     shared.close()
+    assert {rows for rows, _ in read} >= {4, 1}, "prompts, those with a prefix for themselves"
     assert 5 in decoded and apart and max(apart) < 0.05, (decoded, apart)

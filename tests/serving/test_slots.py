@@ -111,7 +111,7 @@ def test_all_kinds_answer_in_one_batch_that_changes_all_the_time(
 ) -> None:
     """More requests than slots, of all kinds and different lengths: they join and leave at every step."""
     monkeypatch.setattr(regraft.evals.slots, "ROOM", room)
-    monkeypatch.setattr(slots, "_PREFILL_TOKENS", 120)
+    monkeypatch.setitem(slots._PREFILL_TOKENS, "cpu", 120)
 
     async def crowd(engines: dict[str, SlotEngine]) -> None:
         kinds = enumerate(kind for kind in KINDS if kind != "qlora")
