@@ -189,7 +189,7 @@ class DeviceLayer:
         kernels.turn_prompts(qkv, (cosines, sines), self.heads)
         q, k, v = (
             part.view(rows, tokens, -1, self.width).transpose(1, 2)
-            for part in torch.split(qkv, self._qkv.sizes, dim=1)
+            for part in torch.split(qkv, list(self._qkv.sizes), dim=1)
         )
         keys, values = cache.update(k, v, self._index)
         seen, _ = sdpa_attention_forward(self._attention, q, keys, values, mask, scaling=self._scale, **more)
