@@ -10,9 +10,9 @@
     python benchmarks/serving.py --parts engine --streams 8,32,64
 
 All sides answer on one machine with one thread, by turns, and speed is that of the median round. On CUDA,
-where tokens a second are counted instead, `--shape llama-1b` takes a model that is large enough for a GPU. Work
-of vLLM counts with its own HTTP server, the slots' without one. `switch` and `kill` ask a small model with
-random weights, so that two cores can follow 50 requests a second; `http` asks both models.
+where tokens a second are counted instead, `--shape llama-1b` takes a model that is large enough for a GPU.
+Work of vLLM counts with its own HTTP server, the slots' without one. `switch` and `kill` ask a small model
+with random weights, so that two cores can follow 50 requests a second; `http` asks both models.
 
 The last line is one JSON object; a part that is not measured is null in it. `tokens_per_s_vs_*` are slots
 over the other side at 32 streams, `mixed_adapters_cost` the base alone over adapters of several kinds and
