@@ -111,7 +111,7 @@ def test_each_row_goes_through_its_own_adapter(names: tuple[str, ...]) -> None:
         *([random_adapter(0, "a", **sizes, vectors=True)] if len(names) == 1 else []),
     ]
     numbers = [mix.add(adapter) for adapter in some]
-    rows = [*numbers, 0, numbers[0], *numbers[::-1]]
+    rows = [*numbers, 0, numbers[0], *numbers[::-1]] * 3  # more than a program takes
     mix.select(rows)
     x = torch.randn(len(rows), inputs, dtype=torch.bfloat16)
     residual = torch.randn(len(rows), outputs * len(names), dtype=torch.bfloat16)
