@@ -111,7 +111,7 @@ def test_each_row_goes_through_its_own_adapter(names: tuple[str, ...]) -> None:
         *([random_adapter(0, "a", **sizes, vectors=True)] if len(names) == 1 else []),
     ]
     numbers = [mix.add(adapter) for adapter in some]
-    rows = [*numbers, 0, numbers[0], *numbers[::-1]] * 3  # more than a program takes
+    rows = [*numbers, 0, numbers[0], *numbers[::-1]]
     mix.select(rows)
     x = torch.randn(len(rows), inputs, dtype=torch.bfloat16)
     residual = torch.randn(len(rows), outputs * len(names), dtype=torch.bfloat16)
@@ -180,18 +180,18 @@ def test_recorded_steps_of_all_kinds_go_through_the_kernels(
     monkeypatch.setattr(device_layers.DeviceLayer, "read", read_alike)
     monkeypatch.setattr(graphs.Graphs, "step", compared)
     base = parse_method({"name": "zero_shot"}).load_base(base_folder, "bfloat16", "cpu")
-    shared = SlotsBase(base, load_tokenizer(base_folder), EngineLimits(max_batch=5, max_queued=9))
-    kinds = ("lora", "dora", "ia3", "prefix_tuning")
+    shared = SlotsBase(base, load_tokenizer(base_folder), EngineLimits(max_batch=4, max_queued=9))
+    kinds = ("lora", "ia3", "prefix_tuning")
     engines = [SlotEngine(shared, Adapter())]
     engines += [SlotEngine(shared, read_adapter(adapters[kind], base)) for kind in kinds]
 
     async def answer(of: SlotEngine, number: int) -> list[object]:
-        return [e async for e in of.submit(GenerationRequest(tuple(range(5 + number, 15 + 3 * number)), 3))]
+        return [e async for e in of.submit(GenerationRequest(tuple(range(5 + number, 9 + 2 * number)), 3))]
 
     async def all_of_them() -> None:
         await asyncio.gather(*(answer(of, n) for n, of in enumerate(engines)))
 
     asyncio.run(all_of_them())
     shared.close()
-    assert {rows for rows, _ in read} >= {4, 1}, "prompts, those with a prefix for themselves"
-    assert 5 in decoded and apart and max(apart) < 0.05, (decoded, apart)
+    assert {rows for rows, _ in read} >= {3, 1}, "prompts, those with a prefix for themselves"
+    assert 4 in decoded and apart and max(apart) < 0.05, (decoded, apart)
