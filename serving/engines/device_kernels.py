@@ -2,7 +2,7 @@
 
 A step of a few rows is some hundred small kernels there, most of which read and write all that they touch for
 one operation. These do as much in one as rows have to themselves: a normalisation, a gate, turning queries
-and keys and keeping them, attention, and both halves of an adapter's product.
+and keys and keeping them, attention. `serving.engines.device_adapters` has those of adapters.
 
 Numbers are rounded where transformers' models round, but for turned queries and keys, which are rounded once.
 Rows are a step's, of one token each. With `TRITON_INTERPRET=1` all this runs on a CPU, for tests.
@@ -12,7 +12,6 @@ Rows are a step's, of one token each. With `TRITON_INTERPRET=1` all this runs on
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 import triton
@@ -25,10 +24,6 @@ _LEAST_ROWS = 16
 #: Programs that fill a GPU of today twice over; attention with fewer goes through columns in parts, of so
 #: many columns at least.
 _PROGRAMS, _LEAST_COLUMNS = 264, 256
-#: Inputs and ranks of an adapter that a program takes together for a row, and inputs, ranks and tokens for
-#: prompts.
-_INPUTS, _RANKS = 2048, 4
-_PROMPT_INPUTS, _PROMPT_RANKS, _TOKENS = 128, 16, 16
 #: Triton's interpreter (3.9) multiplies matrices of bf16 wrongly, as numpy has no such type.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -159,128 +154,6 @@ def _combine(parts, maxima, sums, out, splits, width: tl.constexpr, wide: tl.con
     tl.store(out + mine * width + at, found.to(out.dtype.element_ty), at < width)
 
 
-@triton.jit
-def _shrink(x, down, places, ranks, h, inputs, layers, most, block: tl.constexpr, some: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    layer = tl.program_id(1)
-    first = tl.program_id(2) * some
-    entry = ranks + (tl.load(places + row) * layers + layer) * 3
-    start = tl.load(entry)
-    rank = tl.load(entry + 1)
-    if first < rank:
-        of = first + tl.arange(0, some)
-        total = tl.zeros([some, block], tl.float32)
-        for begin in range(0, inputs, block):
-            at = begin + tl.arange(0, block)
-            read = tl.load(x + row * inputs + at, at < inputs, 0.0).to(tl.float32)
-            there = (of < rank)[:, None] & (at < inputs)[None, :]
-            total += tl.load(down + (start + of)[:, None] * inputs + at[None, :], there, 0.0) * read[None, :]
-        tl.store(h + (row * layers + layer) * most + of, tl.sum(total, 1), of < rank)
-
-
-@triton.jit
-def _expand(
-    y, h, up, places, ranks, blocks, layout, vectors, residual, out, outputs, layers, most, vector_step,
-    block: tl.constexpr, some: tl.constexpr, onto: tl.constexpr, scaled: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    layer = tl.load(blocks + tl.program_id(1))
-    begin = tl.load(layout + layer * 4)
-    size = tl.load(layout + layer * 4 + 1)
-    at = tl.program_id(1) * block + tl.arange(0, block)
-    own = at - begin
-    place = tl.load(places + row)
-    entry = ranks + (place * layers + layer) * 3
-    rank = tl.load(entry + 1)
-    offset = tl.load(entry + 2)
-    value = tl.load(y + row * outputs + at).to(tl.float32)
-    added = tl.zeros([block], tl.float32)
-    for first in range(0, rank, some):
-        of = first + tl.arange(0, some)
-        low = tl.load(h + (row * layers + layer) * most + of, of < rank, 0.0)
-        high = tl.load(up + offset + of[:, None] * size + own[None, :], (of < rank)[:, None], 0.0)
-        added += tl.sum(low[:, None] * high, 0)
-    if scaled:
-        scale_at = tl.load(layout + layer * 4 + 2)
-        shift_at = tl.load(layout + layer * 4 + 3)
-        if scale_at >= 0:
-            value = value * tl.load(vectors + place * vector_step + scale_at + own)
-        if shift_at >= 0:
-            added += tl.load(vectors + place * vector_step + shift_at + own)
-    made = (value + added).to(out.dtype.element_ty)
-    if onto:
-        before = tl.load(residual + row * outputs + at).to(tl.float32)
-        made = (before + made.to(tl.float32)).to(out.dtype.element_ty)
-    tl.store(out + row * outputs + at, made)
-
-
-@triton.jit
-def _shrink_prompts(
-    x, down, places, ranks, h, tokens, inputs, layers, most, parts,
-    tile: tl.constexpr, block: tl.constexpr, some: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1) * tile + tl.arange(0, tile)
-    layer = tl.program_id(2) // parts
-    first = (tl.program_id(2) % parts) * some
-    entry = ranks + (tl.load(places + row) * layers + layer) * 3
-    start = tl.load(entry)
-    rank = tl.load(entry + 1)
-    if first < rank:
-        of = first + tl.arange(0, some)
-        known = token < tokens
-        at_token = row * tokens + token
-        total = tl.zeros([tile, some], tl.float32)
-        for begin in range(0, inputs, block):
-            at = begin + tl.arange(0, block)
-            inside = at < inputs
-            here = x + at_token[:, None] * inputs + at[None, :]
-            read = tl.load(here, known[:, None] & inside[None, :], 0.0).to(tl.float32)
-            there = (of < rank)[None, :] & inside[:, None]
-            low = tl.load(down + (start + of)[None, :] * inputs + at[:, None], there, 0.0)
-            total += tl.dot(read, low, input_precision="tf32x3")
-        to = h + (at_token[:, None] * layers + layer) * most + of[None, :]
-        tl.store(to, total, known[:, None] & (of < rank)[None, :])
-
-
-@triton.jit
-def _expand_prompts(
-    y, h, up, places, ranks, blocks, layout, vectors, tokens, outputs, layers, most, vector_step,
-    tile: tl.constexpr, block: tl.constexpr, some: tl.constexpr, scaled: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1) * tile + tl.arange(0, tile)
-    layer = tl.load(blocks + tl.program_id(2))
-    begin = tl.load(layout + layer * 4)
-    size = tl.load(layout + layer * 4 + 1)
-    at = tl.program_id(2) * block + tl.arange(0, block)
-    own = at - begin
-    place = tl.load(places + row)
-    entry = ranks + (place * layers + layer) * 3
-    rank = tl.load(entry + 1)
-    offset = tl.load(entry + 2)
-    if scaled or rank > 0:
-        known = (token < tokens)[:, None]
-        at_token = row * tokens + token
-        here = y + at_token[:, None] * outputs + at[None, :]
-        value = tl.load(here, known, 0.0).to(tl.float32)
-        added = tl.zeros([tile, block], tl.float32)
-        for first in range(0, rank, some):
-            of = first + tl.arange(0, some)
-            seen = h + (at_token[:, None] * layers + layer) * most + of[None, :]
-            low = tl.load(seen, known & (of < rank)[None, :], 0.0)
-            high = tl.load(up + offset + of[:, None] * size + own[None, :], (of < rank)[:, None], 0.0)
-            added += tl.dot(low, high, input_precision="tf32x3")
-        if scaled:
-            scale_at = tl.load(layout + layer * 4 + 2)
-            shift_at = tl.load(layout + layer * 4 + 3)
-            if scale_at >= 0:
-                value = value * tl.load(vectors + place * vector_step + scale_at + own)[None, :]
-            if shift_at >= 0:
-                added += tl.load(vectors + place * vector_step + shift_at + own)[None, :]
-        tl.store(here, (value + added).to(y.dtype.element_ty), known)
-
-
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Root mean square normalisation of (rows, width) without gaps."""
     out = torch.empty_like(x)
@@ -372,50 +245,3 @@ def attend(
             parts, maxima, sums, out, splits, width, wide, triton.next_power_of_2(splits)
         )
     return out
-
-
-def adapt(
-    x: torch.Tensor, y: torch.Tensor, places: torch.Tensor, group: Any, residual: torch.Tensor | None
-) -> torch.Tensor:
-    """What layers that read the same make for rows of which each has an adapter, of shape (rows, outputs).
-
-    Args:
-        x: What they read, (rows, inputs) without gaps.
-        y: What they make of it without adapters, (rows, outputs) side by side without gaps.
-        places: Each row's place in the set of adapters.
-        group: Their `serving.engines.device_tables.Group`.
-        residual: To be added at the end, of `y`'s shape.
-    """
-    (rows, inputs), (_, outputs) = x.shape, y.shape
-    layers, most = group.layers, group.most
-    h = x.new_empty(rows, layers, max(most, 1), dtype=torch.float32)
-    if most:
-        _shrink[(rows, layers, triton.cdiv(most, _RANKS))](
-            x, group.down, places, group.ranks, h, inputs, layers, most,
-            min(_INPUTS, triton.next_power_of_2(inputs)), _RANKS, num_warps=8,
-        )  # fmt: skip
-    _expand[(rows, outputs // group.block)](
-        y, h, group.up, places, group.ranks, group.blocks, group.layout, group.vectors,
-        y if residual is None else residual, y, outputs, layers, max(most, 1), group.vectors.stride(0),
-        group.block, 16, residual is not None, group.scaled, num_warps=4,
-    )  # fmt: skip
-    return y
-
-
-def adapt_prompts(x: torch.Tensor, y: torch.Tensor, places: torch.Tensor, group: Any) -> torch.Tensor:
-    """The same for rows of many tokens: (rows, tokens, inputs) and (rows, tokens, outputs) without gaps."""
-    (rows, tokens, inputs), outputs = x.shape, y.shape[2]
-    layers, most = group.layers, group.most
-    h = x.new_empty(rows, tokens, layers, max(most, 1), dtype=torch.float32)
-    tiles = triton.cdiv(tokens, _TOKENS)
-    if most:
-        parts = triton.cdiv(most, _PROMPT_RANKS)
-        _shrink_prompts[(rows, tiles, layers * parts)](
-            x, group.down, places, group.ranks, h, tokens, inputs, layers, most, parts,
-            _TOKENS, _PROMPT_INPUTS, _PROMPT_RANKS,
-        )  # fmt: skip
-    _expand_prompts[(rows, tiles, outputs // group.block)](
-        y, h, group.up, places, group.ranks, group.blocks, group.layout, group.vectors, tokens, outputs,
-        layers, max(most, 1), group.vectors.stride(0), _TOKENS, group.block, _PROMPT_RANKS, group.scaled,
-    )  # fmt: skip
-    return y

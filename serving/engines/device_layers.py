@@ -73,7 +73,7 @@ class _Lines:
             residual: What is added at the end, of (rows * tokens, outputs).
             tokens: Of each row.
         """
-        from serving.engines import device_kernels as kernels
+        from serving.engines import device_adapters
 
         own = None
         if mix.changed and mix.tables is not None:
@@ -89,8 +89,10 @@ class _Lines:
             read = (x.view(len(scale), tokens, -1) * scale[:, None]).to(x.dtype).view_as(x)
         y = nn.functional.linear(read, self.weight, self.bias)
         if tokens == 1:
-            return kernels.adapt(x, y, mix.rows, own, residual)
-        kernels.adapt_prompts(x.view(-1, tokens, x.shape[1]), y.view(-1, tokens, y.shape[1]), mix.rows, own)
+            return device_adapters.adapt(x, y, mix.rows, own, residual)
+        device_adapters.adapt_prompts(
+            x.view(-1, tokens, x.shape[1]), y.view(-1, tokens, y.shape[1]), mix.rows, own
+        )
         return y if residual is None else y.add_(residual)
 
     def understood(self, mix: Mix) -> bool:

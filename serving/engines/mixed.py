@@ -84,7 +84,7 @@ class MixedLinear(nn.Module):
 
     def _by_kernels(self, x: torch.Tensor, tables: Tables) -> torch.Tensor:
         """Each row through its own adapter, on a GPU."""
-        from serving.engines import device_kernels
+        from serving.engines import device_adapters
 
         alone = ((self.name,), (int(self.inner.out_features),), 0)  # type: ignore[arg-type]
         own, rows = tables.part(*self._mix.together.get(self.name, alone)), self._mix.rows
@@ -96,8 +96,8 @@ class MixedLinear(nn.Module):
             read = (x * own.vectors[:, scale].index_select(0, rows)[:, None]).to(x.dtype)
         x, y = x.contiguous(), self.inner(read).contiguous()
         if x.shape[1] > 1:
-            return device_kernels.adapt_prompts(x, y, rows, own)
-        return device_kernels.adapt(x[:, 0], y[:, 0], rows, own, None)[:, None]
+            return device_adapters.adapt_prompts(x, y, rows, own)
+        return device_adapters.adapt(x[:, 0], y[:, 0], rows, own, None)[:, None]
 
     def _by_span(self, x: torch.Tensor) -> torch.Tensor:
         """Rows with many tokens: neighbours of one adapter go through that alone, others through none."""

@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from transformers import DynamicCache
 
 from regraft.evals.generation import end_ids, make_contiguous
 from regraft.evals.slots import Slots
@@ -32,6 +31,7 @@ from serving.engines.device_layers import fuse_on_device
 from serving.engines.layers import fuse
 from serving.engines.mixed import Mix, alike
 from serving.engines.packed import pack
+from serving.engines.padded import put_together
 from serving.engines.plain import replace_plain
 from serving.engines.rows import OwnEngine, Row, draw
 
@@ -248,47 +248,12 @@ class SlotsBase:
                 self._read(sorted((some[i] for i in together), key=lambda row: row.adapter))
 
     def _read(self, rows: list[_Asked]) -> None:
-        base, device = self.base, self.base.device
         adapters = [self.mix.adapter(row.adapter) for row in rows]
-        virtual = [0 if a.prefix else a.virtual_tokens for a in adapters]
-        lengths = [len(row.request.prompt_ids) + v for row, v in zip(rows, virtual, strict=True)]
-        widest = max(lengths)
-        ids = torch.zeros(len(rows), widest, dtype=torch.long)
-        mask = torch.zeros(len(rows), widest, dtype=torch.long)
-        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            ids[index, widest - len(row.request.prompt_ids) :] = torch.tensor(row.request.prompt_ids)
-            mask[index, widest - length :] = 1
-        mask = mask.to(device)
-        embeds = base.get_input_embeddings()(ids.to(device))
-        for index, (adapter, length) in enumerate(zip(adapters, lengths, strict=True)):
-            if adapter.embeddings is not None:
-                start = widest - length
-                embeds[index, start : start + virtual[index]] = adapter.embeddings
-        cache = DynamicCache(config=base.config)
-        before = max(len(a.prefix[0][0][0]) if a.prefix else 0 for a in adapters)
-        if before:
-            mask = torch.cat([self._prefix(cache, adapters, before), mask], dim=1)
-        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "past_key_values": cache}
+        inputs = put_together(self.base, [row.request.prompt_ids for row in rows], adapters)
         self.mix.select([row.adapter for row in rows])
         logits = self._slots.read(inputs)
         self._live += rows
         self._say(rows, logits)
-
-    def _prefix(self, cache: DynamicCache, adapters: Sequence[Adapter], before: int) -> torch.Tensor:
-        """Put prefixes into an empty cache, the shorter ones to the right; gives their mask."""
-        shown = torch.zeros(len(adapters), before, dtype=torch.long, device=self.base.device)
-        for number, layer in enumerate(cache.layers):
-            pair = []
-            for which in (0, 1):
-                some = adapters[0].prefix[number][which]
-                states = some.new_zeros(len(adapters), some.shape[0], before, some.shape[2])
-                for index, adapter in enumerate(adapters):
-                    own = adapter.prefix[number][which]
-                    states[index, :, before - own.shape[1] :] = own
-                    shown[index, before - own.shape[1] :] = 1
-                pair.append(states)
-            layer.update(*pair)
-        return shown
 
     def _step(self, live: list[_Asked]) -> None:
         """Give each row another token; on a GPU the next step begins before this one's tokens are read."""
