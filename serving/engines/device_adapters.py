@@ -1,7 +1,7 @@
 """Triton kernels that take rows of one batch, each through its own adapter, on a GPU.
 
 What an adapter adds is computed in fp32 and rounded once with the layer's output, as in PEFT. Rows of a step
-have one token each, those of prompts many. Each half of an adapter's product is one kernel for all layers that
+have one token each, those of prompts many. Each half of an adapter's product is one kernel for layers that
 read the same. A step's rows are programs of their own: with rows put together by adapter both kernels took
 twice as long (H100, 32 rows, four adapters), for there were too few programs.
 """
