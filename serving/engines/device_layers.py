@@ -221,10 +221,11 @@ class DeviceLayer:
 
 
 def usable(base: Any) -> bool:
-    """Whether kernels can be had for this model: half precision, on a GPU, with Triton, not turned off."""
+    """Whether kernels can be had for this model: half precision, on one GPU, with Triton, not turned off."""
     if os.environ.get(SWITCH, "1") == "0" or base.dtype not in {torch.bfloat16, torch.float16}:
         return False
-    return base.device.type == "cuda" and find_spec("triton") is not None
+    on_one = base.device.type == "cuda" and len({weights.device for weights in base.parameters()}) == 1
+    return on_one and find_spec("triton") is not None
 
 
 @torch.no_grad()
