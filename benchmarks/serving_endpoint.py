@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,11 +153,16 @@ def running(settings: EndpointSettings, environment: Mapping[str, str] = {}) -> 
 
 def child(arguments: Sequence[str], environment: Mapping[str, str] = {}, core: int | None = None) -> Any:
     """Start `serving_child.py`, on one core if it is named; it logs beside its settings."""
+    from regraft.processes import with_large_pages
+
+    # What an endpoint does for its engines, and for nothing else, is done for the bare one here.
+    usual = {k: v for k, v in os.environ.items() if k not in {"GLIBC_TUNABLES", "MALLOC_ARENA_MAX"}}
+    environment = {**usual, **environment}
     with _log(arguments).open("wb") as log:
         return subprocess.Popen(
             [*_bound(core), sys.executable, "-P", str(HERE / "serving_child.py"), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            cwd=HERE.parent, env={**os.environ, **environment},
+            cwd=HERE.parent, env=with_large_pages(environment) if arguments[0] == "bare" else environment,
         )  # fmt: skip
 
 
@@ -230,6 +235,22 @@ def answers(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
     if process.returncode not in (0, -signal.SIGTERM):
         raise ChildProcessError(f"the generator of load ended with status {process.returncode}")
     return [json.loads(line) for line in out.splitlines() if line]
+
+
+@contextmanager
+def held_to(pid: int, core: int) -> Iterator[None]:
+    """Keep a process, and those it has started, on one core for a while."""
+    head = psutil.Process(pid)
+    family = [head, *head.children(recursive=True)]
+    cores = head.cpu_affinity()
+    for process in family:
+        pin(process, core)
+    try:
+        yield
+    finally:
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.cpu_affinity(cores)
 
 
 def pin(process: psutil.Process, core: int) -> None:

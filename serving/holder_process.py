@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from regraft.processes import with_large_pages
 from serving.engines.base import EngineError, GenerationRequest
 from serving.lines import Call, Line
 from serving.settings import EndpointSettings
@@ -94,8 +95,10 @@ class HolderProcess:
                 [sys.executable, "-P", "-m", "serving.holder", str(there.fileno())],
                 stdin=subprocess.PIPE,
                 pass_fds=[there.fileno()],
-                # A Ray job may have brought its own packages along.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
+                env=with_large_pages(
+                    # A Ray job may have brought its own packages along.
+                    {**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)}
+                ),
             )
         assert process.stdin is not None
         with suppress(BrokenPipeError), process.stdin:  # one that has ended already shows on the line

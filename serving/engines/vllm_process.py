@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.errors import ServiceError
-from regraft.processes import end_process, free_port, wait_until_it_answers
+from regraft.processes import end_process, free_port, wait_until_it_answers, with_large_pages
 from serving.engines.base import EngineClosedError, EngineError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class VllmProcess:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(bound) | {"VLLM_API_KEY": self._key},
+                env=with_large_pages(_environment(bound)) | {"VLLM_API_KEY": self._key},
                 cwd=log.parent,
                 start_new_session=True,
             )
