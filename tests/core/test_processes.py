@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from regraft.errors import ServiceError
-from regraft.processes import end_process, free_port, wait_until_it_answers
+from regraft.processes import end_process, free_port, wait_until_it_answers, with_large_pages
 
 PARENT_OF_ONE = """
 import os, signal, subprocess, sys
@@ -95,3 +95,19 @@ def test_waiting_ends_with_the_first_answer_or_the_time(tmp_path):
             wait_until_it_answers("Thing", process, "http://x", log, lambda: "refused", seconds=0)
         process.communicate()
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (None, "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.perturb=3", "glibc.malloc.perturb=3:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+    ids=str,
+)
+def test_settings_of_memory_that_somebody_made_are_kept(made: str | None, expected: str) -> None:
+    given = {"PATH": "/bin", **({"GLIBC_TUNABLES": made} if made else {})}
+    found = with_large_pages(given)
+    assert found == {"PATH": "/bin", "GLIBC_TUNABLES": expected, "MALLOC_ARENA_MAX": "1"}
+    assert with_large_pages(found) == found
