@@ -26,9 +26,10 @@ _TUNABLES, _LARGE_PAGES, _ARENAS = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1", "
 def with_large_pages(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a process that answers with a model on a CPU.
 
-    A decoding step reads all weights. From huge pages SmolLM2-135M said 7 % more tokens a second to one client, to
-    32 as many as before (one core with AMX, Linux 6 with `transparent_hugepage` at `madvise`; set
-    `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` for `benchmarks/serving.py --parts engine --streams 1` to compare).
+    A decoding step reads all weights. From huge pages SmolLM2-135M said 7 % more tokens a second to one
+    client, and to 32 as many as before (one core with AMX, Linux 6 with `transparent_hugepage` at `madvise`).
+    To compare, run `benchmarks/serving.py --parts engine --streams 1` with
+    `GLIBC_TUNABLES=glibc.malloc.hugetlb=0`.
 
     Args:
         environment: What it would get; settings of glibc that somebody made are kept.
