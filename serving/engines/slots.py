@@ -185,8 +185,8 @@ class SlotsBase:
                     break
                 calls, self._calls = self._calls, deque()
             with torch.inference_mode():
-                if self._said is not None and (calls or self._somebody_comes):
-                    self._said.wait()  # what it reads may be moved, or freed
+                if self._said is not None and calls:
+                    self._said.wait()  # what it reads may be freed
                 for call, done in calls:
                     try:
                         done.set_result(call())
@@ -194,6 +194,8 @@ class SlotsBase:
                         done.set_exception(error)
                 with self._changed:
                     self._joining = self._next_to_join()
+                if self._said is not None and self._joining:
+                    self._said.wait()  # what it reads may be moved
                 self._guarded(self._joining, self._join)
                 self._joining = []
                 self._sweep_out()
