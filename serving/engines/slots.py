@@ -206,14 +206,14 @@ class SlotsBase:
         for _, done in self._calls:
             done.set_exception(EngineClosedError("this model version was unloaded"))
 
-    def _guarded(self, rows: list[_Asked], work: Callable[[list[_Asked]], None]) -> None:
+    @staticmethod
+    def _guarded(rows: list[_Asked], work: Callable[[list[_Asked]], None]) -> None:
         """Whatever goes wrong fails the rows that it went wrong for, and no others."""
         if not rows:
             return
         try:
             work(rows)
         except Exception as error:
-            self._said = None
             logger.exception("generation failed for %d requests", len(rows))
             for row in rows:
                 row.fail(EngineError(f"generation failed: {type(error).__name__}: {error}"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from regraft.evals.slots import Slots
 from regraft.methods import parse_method
 from regraft.models import load_tokenizer
 from serving.engines import mixed
+from serving.engines import slots as slots_engine
 from serving.engines.adapters import Adapter, read_adapter
-from serving.engines.base import EngineLimits, Finished, GenerationRequest, TextDelta
+from serving.engines.base import EngineError, EngineLimits, Finished, GenerationRequest, TextDelta
 from serving.engines.slots import SlotEngine, SlotsBase
 
 KINDS = ["base", "lora", "dora", "ia3", "vera", "loha", "prompt_tuning", "prefix_tuning"]
@@ -77,3 +80,46 @@ def test_rows_of_all_kinds_are_answered_the_same(
     assert crowd(base_folder, adapters) == expected
     assert {fixed.rows for fixed in steps} >= {4, 5}
     assert sum(followed) > 10, "steps that began before the tokens of those before them were read"
+
+
+def test_prompts_that_fail_cost_nobody_the_tokens_on_their_way(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots_module, "wanted", lambda _: True)
+    monkeypatch.setattr(graphs, "_STEPS_BEFORE", 0)
+    together = slots_engine.put_together
+    ahead: list[bool] = []
+
+    def refuses(
+        base: object, prompts: Sequence[Sequence[int]], adapters: Sequence[Adapter]
+    ) -> dict[str, Any]:
+        if any(len(prompt) == 3 for prompt in prompts):
+            ahead.append(shared._said is not None)
+            raise RuntimeError("such prompts fail")
+        return together(base, prompts, adapters)
+
+    monkeypatch.setattr(slots_engine, "put_together", refuses)
+    base = parse_method({"name": "zero_shot"}).load_base(base_folder, "float32", "cpu")
+    shared = SlotsBase(base, load_tokenizer(base_folder), EngineLimits(max_batch=4, max_queued=9))
+    shared._eos = frozenset()
+    engine = SlotEngine(shared, Adapter())
+
+    async def long(begun: asyncio.Event) -> str:
+        text = ""
+        async for event in engine.submit(GenerationRequest(tuple(range(5, 25)), 60)):
+            begun.set()
+            text += event.text if isinstance(event, TextDelta) else ""
+        return text
+
+    async def with_others(others: bool) -> str:
+        begun = asyncio.Event()
+        asked = asyncio.create_task(long(begun))
+        await begun.wait()
+        while others and not asked.done():
+            with pytest.raises(EngineError, match="such prompts fail"):
+                [_ async for _ in engine.submit(GenerationRequest((5, 6, 7), 4))]
+        return await asked
+
+    expected = asyncio.run(with_others(False))
+    assert asyncio.run(with_others(True)) == expected and any(ahead)
+    shared.close()
