@@ -261,7 +261,11 @@ def holders() -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["the replica", "its process alone"])
+@pytest.mark.parametrize(
+    "whole",
+    [pytest.param(True, marks=pytest.mark.slow), False],
+    ids=["the replica", "its process alone"],
+)
 def test_a_replica_that_is_killed_costs_nobody_an_answer_that_had_not_begun(here: Here, whole: bool) -> None:
     import ray
     from ray.util import list_named_actors
