@@ -123,7 +123,8 @@ def end_process(pid: int, named: str = "") -> None:
         head, family = None, set()
     # A worker whose parent died first is a child of init, but still of the group.
     family |= set(_group(pid))
-    if not any(named in part for p in family for part in _command(p)):
+    # One that is about to end has no command line any more.
+    if named and not any(named in part for p in family for part in _command(p)):
         return
     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
         # The head ends its own in order; without one, nobody else will.
