@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ class Engines:
 
         torch.set_num_threads(1)
         self.model, self.prompts, self.tokens, self.say = model, prompts, tokens, say
-        self.core = min(os.sched_getaffinity(0))
         self._cuda = device.startswith("cuda")
+        self.core = None if self._cuda else min(os.sched_getaffinity(0))
         self._tokenizer = load_tokenizer(model)
         loras = [{"name": "lora", "rank": rank} for rank in RANKS]
         kinds = {"mixed": MIXED, "lora": loras}
@@ -88,7 +88,7 @@ class Engines:
 
     def bound(self) -> AbstractContextManager[None]:
         """Bind this thread and those it starts to the core; on CUDA do nothing."""
-        return nullcontext() if self._cuda else bound_to(self.core)
+        return bound_to(self.core)
 
     def beside_generate(self, streams: int, few: int, rounds: int) -> dict[str, float]:
         """The median speed of `sequential`, `slots` and `mixed`, by turns, in tokens a CPU-second.
@@ -116,9 +116,7 @@ class Engines:
         asked, found = self._asked(streams), {}
         for what, adapters in {"base": [], "lora": self.files["lora"]}.items():
             with (
-                VllmSide(
-                    python, self.model, adapters, core=None if self._cuda else self.core, streams=streams
-                ) as vllm,
+                VllmSide(python, self.model, adapters, core=self.core, streams=streams) as vllm,
                 _endless(self._slots),
             ):
                 vllm.answer(asked, 8)  # warm up

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -84,9 +84,7 @@ class VllmSide:
         self._folder = tempfile.TemporaryDirectory()
         log = Path(self._folder.name) / "vllm.log"
         bound = Bound(1, "cuda") if core is None else Bound(1, "cpu", str(core))
-        with (
-            nullcontext() if core is None else bound_to(core)
-        ):  # which a child takes over, with all of its own
+        with bound_to(core):  # which a child takes over, with all of its own
             self._server = VllmProcess(python, arguments, bound, log, 600, lambda: None)
         self._names = [f"adapter-{n}" for n in range(len(adapters))] or [BASE]
         for name, files in zip(self._names, adapters, strict=False):
@@ -109,10 +107,10 @@ class VllmSide:
 
 
 @contextmanager
-def bound_to(core: int) -> Iterator[None]:
-    """Bind this thread, and what it starts meanwhile, to one core."""
+def bound_to(core: int | None) -> Iterator[None]:
+    """Bind this thread, and what it starts meanwhile, to one core if it is named."""
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, cores if core is None else {core})
     try:
         yield
     finally:

@@ -15,10 +15,9 @@ from typing import Any
 
 from regraft.processes import with_large_pages
 from serving.engines.base import EngineError, GenerationRequest
-from serving.lines import Call, Line
+from serving.lines import Call, Line, asking
 from serving.settings import EndpointSettings
 from serving.shelf import UnavailableError
-from serving.wire import pack_request
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +44,13 @@ class _Control(Line):
         if not self.wire.open:
             raise ConnectionResetError("the process that holds the models has ended")
         self._numbers += 1
-        answer = self._called[self._numbers] = asyncio.get_running_loop().create_future()
+        number = self._numbers
+        answer = self._called[number] = asyncio.get_running_loop().create_future()
         try:
-            self.wire.say({"call": self._numbers, "name": name, "arguments": arguments})
+            self.wire.say({"call": number, "name": name, "arguments": arguments})
             return await answer
         finally:
-            self._called = {number: one for number, one in self._called.items() if one is not answer}
+            del self._called[number]
 
     def _told(self, frame: dict[str, Any]) -> None:
         answer = self._called.get(frame.get("of", 0))
@@ -114,8 +114,7 @@ class HolderProcess:
 
     def ask(self, number: int, request: GenerationRequest, kept: Sequence[int]) -> Call:
         """Begin to ask for an answer; see `serving.holder.Holder.generate`."""
-        frame = {"version": number, "request": pack_request(request), "kept": list(kept)}
-        call = Call(frame, lambda call: self._line.cancel(call))
+        call = Call(asking(number, request, kept), lambda call: self._line.cancel(call))
         if self._line.wire.open:
             self._line.ask(call)
         else:

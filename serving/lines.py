@@ -87,6 +87,11 @@ class Call(AsyncIterator[Said]):
             self._waiter.set_result(None)
 
 
+def asking(version: int, request: GenerationRequest, kept: Sequence[int]) -> dict[str, Any]:
+    """What a replica is asked, as a frame says it; see `serving.holder.Holder.generate`."""
+    return {"version": version, "request": pack_request(request), "kept": list(kept)}
+
+
 class Line:
     """A connection to a replica; made by `Lines.connect`.
 
@@ -188,8 +193,7 @@ class Lines:
         Raises:
             QueueFullError: If as many wait as may wait.
         """
-        frame = {"version": version, "request": pack_request(request), "kept": list(kept)}
-        call = Call(frame, self._given_up)
+        call = Call(asking(version, request, kept), self._given_up)
         line = None if self._waiting else self._free()
         if line is not None:
             line.ask(call)

@@ -9,6 +9,8 @@ twice as long (H100, 32 rows, four adapters), for there were too few programs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -141,6 +143,33 @@ def _expand_prompts(
             if shift_at >= 0:
                 added += tl.load(vectors + place * vector_step + shift_at + own)[None, :]
         tl.store(here, (value + added).to(y.dtype.element_ty), known)
+
+
+def through(
+    x: torch.Tensor,
+    product: Callable[[torch.Tensor], torch.Tensor],
+    places: torch.Tensor,
+    group: Group,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What layers that read the same make, each row's with its own adapter, of shape (rows, tokens, outputs).
+
+    Args:
+        x: What they read, (rows, tokens, inputs).
+        product: What they make of it without adapters, side by side.
+        places: Each row's place in the set of adapters.
+        group: What the set changes in these layers; inputs are scaled for one layer only.
+        residual: To be added at the end, of the shape of what they make, without gaps.
+    """
+    read, scale = x, group.in_scales[0]
+    if scale is not None:
+        read = (x * group.vectors[:, scale].index_select(0, places)[:, None]).to(x.dtype)
+    x, y = x.contiguous(), product(read).contiguous()
+    if x.shape[1] == 1:
+        before = None if residual is None else residual[:, 0]
+        return adapt(x[:, 0], y[:, 0], places, group, before)[:, None]
+    adapt_prompts(x, y, places, group)
+    return y if residual is None else y.add_(residual)
 
 
 def adapt(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,10 @@ from torch import nn
 from serving.engines.compiled import SWITCH
 from serving.engines.device_tables import block_of
 from serving.engines.mixed import Mix
-from serving.engines.plain import is_llamas
+from serving.engines.plain import LAYER_PARTS, is_llamas, norms_of
 
 _log = logging.getLogger(__name__)
 
-_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 #: How far a layer may be from the module on a trial, as a share of its largest number: all its parts round.
 _APART = 0.05
 #: Of a trial: rows, columns, the column that is written, and the tokens of prompts.
@@ -83,17 +83,10 @@ class _Lines:
                 y = nn.functional.linear(x, self.weight, self.bias)
                 return y if residual is None else y.add_(residual)
             return torch.addmm(residual, x, self.weight.t())
-        read = x
-        if own.in_scales[0] is not None:
-            scale = own.vectors[:, own.in_scales[0]].index_select(0, mix.rows)
-            read = (x.view(len(scale), tokens, -1) * scale[:, None]).to(x.dtype).view_as(x)
-        y = nn.functional.linear(read, self.weight, self.bias)
-        if tokens == 1:
-            return device_adapters.adapt(x, y, mix.rows, own, residual)
-        device_adapters.adapt_prompts(
-            x.view(-1, tokens, x.shape[1]), y.view(-1, tokens, y.shape[1]), mix.rows, own
-        )
-        return y if residual is None else y.add_(residual)
+        by_row, before = (None if t is None else t.view(-1, tokens, t.shape[1]) for t in (x, residual))
+        assert by_row is not None
+        product = partial(nn.functional.linear, weight=self.weight, bias=self.bias)
+        return device_adapters.through(by_row, product, mix.rows, own, before).view(len(x), -1)
 
     def understood(self, mix: Mix) -> bool:
         """Whether adapters change no inputs that several layers read."""
@@ -130,10 +123,7 @@ class DeviceLayer:
         if keys != values or self.width % 2:
             raise ValueError("its keys and values differ in width")
         self.hidden, self.heads = sum(self._o.sizes), keys // self.width
-        self._norms = [
-            (norm.weight, float(getattr(norm, "variance_epsilon", None) or norm.eps))
-            for norm in (module.input_layernorm, module.post_attention_layernorm)
-        ]
+        self._norms = norms_of(module)
 
     def lay_together(self) -> None:
         """Hold the weights as the products read them."""
@@ -249,7 +239,7 @@ def fuse_on_device(base: nn.Module, mix: Mix) -> int:
     mix.by_kernels = True
     count = 0
     for name, module in list(base.named_modules()):
-        if module._modules.keys() != _PARTS or not _written_as(module, "LlamaDecoderLayer"):
+        if module._modules.keys() != LAYER_PARTS or not _written_as(module, "LlamaDecoderLayer"):
             continue
         parts = ((module.self_attn, "LlamaAttention"), (module.mlp, "LlamaMLP"))
         if not all(_written_as(part, known) for part, known in parts):

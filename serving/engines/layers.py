@@ -18,11 +18,9 @@ from serving.engines.compiled import alike, kernels
 from serving.engines.looped import Looped
 from serving.engines.mixed import Mix
 from serving.engines.packed import PackedLinear, Product
-from serving.engines.plain import TRIAL_ROWS, Forgets, is_llamas, random
+from serving.engines.plain import LAYER_PARTS, TRIAL_ROWS, Forgets, is_llamas, norms_of, random
 
 _log = logging.getLogger(__name__)
-
-_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
 
 class Room:
@@ -119,10 +117,7 @@ class FusedLayer:
         self._norm, self._gate, self._turn = rowwise.norm(True), rowwise.gated(True), rowwise.turned(True)
         self._add = rowwise.added()
         self._attend = loops.attention(self.width, v // k * self.width, q // k, True)
-        self._norms = [
-            (norm.weight, float(getattr(norm, "variance_epsilon", None) or norm.eps))
-            for norm in (module.input_layernorm, module.post_attention_layernorm)
-        ]
+        self._norms = norms_of(module)
         out = self._qkv.out
         self._keys, self._values = (
             out[:, start : start + k].view(-1, 1, self._own_heads, self.width).transpose(1, 2)
@@ -247,9 +242,9 @@ def fuse(base: nn.Module, mix: Mix, rows: int) -> int:
     room, count = Room(max(rows, TRIAL_ROWS)), 0
     for name, module in list(base.named_modules()):
         kind: Any = type(module)
-        if module._modules.keys() != _PARTS or not is_llamas(kind, "LlamaDecoderLayer"):
+        if module._modules.keys() != LAYER_PARTS or not is_llamas(kind, "LlamaDecoderLayer"):
             continue
-        if not all(isinstance(getattr(module, part).forward, partial) for part in _PARTS):
+        if not all(isinstance(getattr(module, part).forward, partial) for part in LAYER_PARTS):
             continue  # a part computes something else
         try:
             fused = FusedLayer(name, module, mix, room)

@@ -87,17 +87,10 @@ class MixedLinear(nn.Module):
         from serving.engines import device_adapters
 
         alone = ((self.name,), (int(self.inner.out_features),), 0)  # type: ignore[arg-type]
-        own, rows = tables.part(*self._mix.together.get(self.name, alone)), self._mix.rows
+        own = tables.part(*self._mix.together.get(self.name, alone))
         if own is None:
             return self.inner(x)  # type: ignore[no-any-return]
-        (scale,) = own.in_scales
-        read = x
-        if scale is not None:
-            read = (x * own.vectors[:, scale].index_select(0, rows)[:, None]).to(x.dtype)
-        x, y = x.contiguous(), self.inner(read).contiguous()
-        if x.shape[1] > 1:
-            return device_adapters.adapt_prompts(x, y, rows, own)
-        return device_adapters.adapt(x[:, 0], y[:, 0], rows, own, None)[:, None]
+        return device_adapters.through(x, self.inner, self._mix.rows, own)
 
     def _by_span(self, x: torch.Tensor) -> torch.Tensor:
         """Rows with many tokens: neighbours of one adapter go through that alone, others through none."""

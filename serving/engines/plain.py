@@ -22,6 +22,8 @@ from serving.engines.compiled import HALF, alike, kernels
 
 _log = logging.getLogger(__name__)
 
+#: What a layer of Llama's consists of.
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 #: Rows of a trial.
 TRIAL_ROWS = 2
 #: What modules read on trial: normalisations tell small numbers from what they add to the mean of squares.
@@ -168,6 +170,12 @@ class Forgets:
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Give both."""
         return torch.cat([keys.flip(-1), keys], dim=2), torch.cat([values.flip(-1), values], dim=2)
+
+
+def norms_of(layer: Any) -> list[tuple[torch.Tensor, float]]:
+    """Weights of the two normalisations of such a layer, and what each adds to the mean of squares."""
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    return [(n.weight, float(getattr(n, "variance_epsilon", None) or n.eps)) for n in norms]
 
 
 @cache
